@@ -1,0 +1,90 @@
+"""Configuration of the spectral tokenizer model: the codec's layout and the causal transformer's size."""
+
+from dataclasses import field
+
+from huggingface_hub.dataclasses import strict
+from transformers import LlamaConfig
+
+from .layout import TokenLayout
+from .wavelets import check_wavelet
+
+
+@strict
+class SpectralConfig(LlamaConfig):
+    """Configuration of `SpectralTokenizerForCausalLM`. Transformer fields are those of `LlamaConfig`.
+
+    Attributes:
+        image_size: side of the (square) input image in pixels, divisible by 2**levels.
+        num_channels: 1 (grey) or 3 (RGB).
+        wavelet: orthogonal PyWavelets filter.
+        levels: wavelet levels.
+        patch_sizes: patch side per modelled scale, coarse to fine; at most levels + 1 entries. With fewer entries
+            the finest details are left to super-resolution and the decoded image has side `coarse_size`.
+        codebook_sizes: code words per modelled scale.
+        num_classes: number of class labels; 0 means unconditional.
+
+    `vocab_size` follows from these: all codes, one token per class, one null token (also the unconditional start and
+    `bos_token_id`).
+
+    Raises:
+        ValueError: fields that cannot work together, naming field, value, rule and remedy.
+    """
+
+    model_type = "spectral_tokenizer"
+
+    image_size: int = 32
+    num_channels: int = 1
+    wavelet: str = "haar"
+    levels: int = 3
+    patch_sizes: list[int] = field(default_factory=lambda: [2, 2, 2])
+    codebook_sizes: list[int] = field(default_factory=lambda: [256, 256, 512])
+    num_classes: int = 0
+
+    hidden_size: int = 128
+    intermediate_size: int = 352
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+
+    def __post_init__(self, **kwargs):
+        check_wavelet(self.wavelet)
+        if self.num_channels not in (1, 3):
+            raise ValueError(f"num_channels={self.num_channels} must be 1 (grey) or 3 (RGB).")
+        if self.num_classes < 0:
+            raise ValueError(f"num_classes={self.num_classes} must be 0 (unconditional) or positive.")
+        layout = self.layout
+        self.vocab_size = layout.codes + self.num_classes + 1
+        self.max_position_embeddings = layout.length + 1
+        self.bos_token_id = self.null_token_id
+        self.eos_token_id = None
+        self.pad_token_id = None
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As in transformers, but overrides (`from_pretrained(path, num_classes=3)`) reach the derived fields too."""
+        overrides = {name: kwargs.pop(name) for name in SpectralConfig.__annotations__ if name in kwargs}
+        return super().from_dict({**config_dict, **overrides}, **kwargs)
+
+    @property
+    def layout(self) -> TokenLayout:
+        return TokenLayout.build(
+            self.image_size, self.num_channels, self.levels, self.patch_sizes, self.codebook_sizes
+        )
+
+    @property
+    def coarse_size(self) -> int:
+        """Side of the image that the tokens decode to."""
+        return self.image_size // 2 ** (self.levels + 1 - len(self.patch_sizes))
+
+    @property
+    def class_token_ids(self) -> list[int]:
+        """Token id of each class label."""
+        return [self.layout.codes + label for label in range(self.num_classes)]
+
+    @property
+    def null_token_id(self) -> int:
+        """Start token that names no class."""
+        return self.layout.codes + self.num_classes
+
+
+__all__ = ["SpectralConfig"]

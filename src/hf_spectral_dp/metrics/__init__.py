@@ -1,0 +1,1 @@
+"""How good generated images are, measured so that a reader can believe it."""

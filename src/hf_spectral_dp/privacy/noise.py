@@ -1,0 +1,164 @@
+"""Gaussian noise that nobody can subtract: drawn from a cipher whose key only the operating system ever knew.
+
+Threat model. The adversary sees everything that is published (weights, card, logs, code, every `seed`), may know all
+training rows but one, and has unlimited time for statistics. It does not read the memory of the training process,
+measure its timing, or break AES-128 or ChaCha20. Under that model the noise must be unpredictable, so:
+
+* the bits come from a CSPRNG keyed with at least 128 bits of `os.urandom`; no seed reaches it, so neither
+  `set_seed(42)` nor a guessed `rng_state.pth` reproduces the noise;
+* the key is never written: generators refuse to be pickled or copied, and a resumed run draws a new key, because the
+  same noise on another gradient would cancel by subtraction;
+* a forked child is re-keyed, since parent and child would otherwise draw the same noise (forks made by `os.fork`,
+  as `multiprocessing` makes them; a C library that forks by itself and then runs Python goes unnoticed).
+
+Known limit: floating-point numbers cannot represent a continuous Gaussian, and the gaps between those that occur may
+tell sums apart (Mironov, CCS 2012). Drawing and adding in float64 and rounding once to the tensor's type narrows this;
+it does not prove it away. The guarantee is that of the real-valued mechanism.
+"""
+
+import math
+import os
+import weakref
+from collections.abc import Iterable, Iterator
+from importlib import metadata
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from randomgen import AESCounter, ChaCha
+from torch import Tensor
+
+_CHUNK = 1 << 20  # values drawn at once: 8 MiB of float64
+
+
+class _Secret:
+    """Refuses every way in which Python writes down or duplicates an object."""
+
+    def __reduce_ex__(self, protocol: Any = None) -> NoReturn:
+        raise TypeError(
+            f"{type(self).__name__} holds the key of the privacy noise and cannot be pickled or copied;"
+            " call system_generator() where it is needed."
+        )
+
+    __reduce__ = __getstate__ = __reduce_ex__
+
+
+class _AesCounter(_Secret, AESCounter):
+    description = "AES-128 in counter mode"
+    key_bytes = 16
+
+
+class _ChaCha20(_Secret, ChaCha):
+    description = "ChaCha20"
+    key_bytes = 32
+
+
+class _SystemGenerator(_Secret, np.random.Generator):
+    """A `numpy.random.Generator` with a key of the operating system, which it changes after a fork."""
+
+    def __init__(self) -> None:
+        super().__init__(_cipher()(key=0))
+        self.rekey()
+        _generators.add(self)
+
+    def rekey(self) -> None:
+        cipher: Any = self.bit_generator
+        cipher.seed(key=int.from_bytes(os.urandom(cipher.key_bytes), "little"), counter=0)
+
+
+_generators: "weakref.WeakSet[_SystemGenerator]" = weakref.WeakSet()
+
+
+def _rekey_all() -> None:
+    for generator in _generators:
+        generator.rekey()
+
+
+os.register_at_fork(after_in_child=_rekey_all)
+
+
+def _cipher() -> type:
+    """AES where the processor has it in hardware: randomgen's software AES is slow and leaks timing, ChaCha20 not."""
+    return _AesCounter if AESCounter(key=0).use_aesni else _ChaCha20
+
+
+def system_generator() -> np.random.Generator:
+    """A new generator for secrets: noise and sampling. Every call has its own key of >= 128 bits from `os.urandom`.
+
+    It cannot be seeded, pickled or copied (TypeError), and draws another stream in a forked child.
+    """
+    return _SystemGenerator()
+
+
+def describe_randomness() -> dict[str, str]:
+    """Where the randomness of noise and sampling comes from, in words for the privacy report."""
+    cipher: Any = _cipher()
+    return {
+        "generator": f"{cipher.description} (randomgen {metadata.version('randomgen')})",
+        "key": f"{8 * cipher.key_bytes} bits from os.urandom for every generator, process and resume; never saved",
+        "arithmetic": "noise drawn and added in float64, rounded once to the type of the gradient",
+        "known_limit": "floating-point Gaussian (Mironov 2012): the guarantee is that of real-valued noise",
+    }
+
+
+def _pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """Views that cover `tensor`, whatever its strides, with at most `_CHUNK` values each."""
+    if tensor.numel() <= _CHUNK:
+        yield tensor
+    else:
+        longest = max(range(tensor.ndim), key=lambda dim: tensor.shape[dim])
+        for half in tensor.tensor_split(2, dim=longest):
+            yield from _pieces(half)
+
+
+class GaussianNoise:
+    """Adds independent N(0, standard_deviation^2) to every entry of tensors.
+
+    Formal guarantee:
+        Let f be a sum with L2 sensitivity C over all tensors of one call together, and let standard_deviation =
+        noise_multiplier * C. Then f + noise is the Gaussian mechanism with that noise multiplier (Dwork and Roth 2014,
+        Appendix A), for the adjacency in which C holds. Assumptions: every entry of f passes through `add_` exactly
+        once, in one call on one rank; the generator is the default one; arithmetic is real-valued (see the module).
+
+    Args:
+        standard_deviation: >= 0 and finite, in the unit of the tensors; 0 adds nothing (the non-private twin).
+        generator: for tests only. Left out, it is a `system_generator()`; anything else voids the guarantee.
+
+    Raises:
+        ValueError: standard_deviation is negative, infinite or not a number.
+    """
+
+    def __init__(self, standard_deviation: float, generator: np.random.Generator | None = None):
+        if not 0 <= standard_deviation < math.inf:
+            raise ValueError(
+                f"standard_deviation={standard_deviation} must be finite and >= 0; it is the noise multiplier of the"
+                " plan times the clipping norm."
+            )
+        self.standard_deviation = float(standard_deviation)
+        self._generator = system_generator() if generator is None else generator
+
+    @torch.no_grad()
+    def add_(self, tensors: Iterable[Tensor]) -> None:
+        """Adds fresh noise in place, with the same law on any device: drawn and added on the CPU in float64.
+
+        Args:
+            tensors: dense float32 or float64 tensors of any shape and strides, each once. Memory beyond them is
+                bounded by a few tens of MiB.
+
+        Raises:
+            TypeError: a tensor is not dense or of another type (half precision would round the noise away). All are
+                checked before the first is changed.
+        """
+        tensors = list(tensors)
+        for index, tensor in enumerate(tensors):
+            dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided
+            if not dense or tensor.dtype not in (torch.float32, torch.float64):
+                kind = f"{tensor.dtype}, {tensor.layout}" if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise TypeError(
+                    f"tensors[{index}] ({kind}) must be a dense float32 or float64 tensor; accumulate the clipped sum"
+                    " in float32."
+                )
+        for tensor in tensors:
+            for piece in _pieces(tensor):
+                noise = torch.from_numpy(self._generator.standard_normal(piece.numel())).view(piece.shape)
+                piece.copy_(noise.mul_(self.standard_deviation).add_(piece.cpu()))

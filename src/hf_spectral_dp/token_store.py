@@ -1,0 +1,421 @@
+"""Streamed images to memory-mapped token rows; one row is one image, and one image is one privacy unit.
+
+Images pass through once, in batches: decode, preprocess, encode, append to an Arrow file. Memory is bounded by one
+batch whatever the number of images. The rows are then read by index through the page cache, because Poisson sampling
+needs random access. A store appears under its name only when it is complete.
+
+Tokens are as sensitive as the images they come from: the codec decodes them. Keep the folder as private as the data.
+"""
+
+import gc
+import hashlib
+import itertools
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import ClassLabel, Dataset
+from datasets import Image as ImageFeature
+from tqdm.auto import tqdm
+
+from .image_sources import UndecodableImageError, decode_image, load_images
+
+logger = logging.getLogger(__name__)
+
+_TOKENS = "tokens.arrow"
+_FACTS = "store.json"
+_FORMAT = 1
+_ROWS_PER_CHUNK = 8192
+
+
+class TokenStore:
+    """Token rows of a data set, memory-mapped. Made by `build_token_store`, opened by `TokenStore.load`.
+
+    Attributes:
+        folder: where the store lies.
+        dataset: the rows as a `datasets.Dataset` with the column "input_ids".
+        row_length: ids per row, 1 + T: the class or null token, then the image's T tokens.
+        fingerprint: SHA-256 (hex) of all rows in order, so of tokens and labels. Secret as the data are: it confirms a
+            guess of the whole set.
+        codec_fingerprint: SHA-256 (hex) of the codec that made the rows; see `check_codec`.
+        report: {"images": rows, "undecodable": images left out, "unlabelled": rows with the null token for want of a
+            label}.
+    """
+
+    def __init__(self, folder: str | Path):
+        """Opens a complete store.
+
+        Raises:
+            FileNotFoundError: there is no store in the folder.
+            ValueError: the files do not belong together, or were written in a format this version does not know.
+        """
+        self.folder = Path(folder)
+        try:
+            facts = json.loads((self.folder / _FACTS).read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{self.folder} holds no token store ({_FACTS}); make one with build_token_store."
+            ) from error
+        if facts.get("format") != _FORMAT:
+            raise ValueError(
+                f"{self.folder} has format {facts.get('format')}, this version reads {_FORMAT}; build it again."
+            )
+        self.row_length: int = facts["row_length"]
+        self.fingerprint: str = facts["fingerprint"]
+        self.codec_fingerprint: str = facts["codec_fingerprint"]
+        self.report: dict[str, int] = facts["report"]
+        self.dataset = Dataset.from_file(str(self.folder / _TOKENS))
+        self._chunks = [_rows(chunk, self.row_length) for chunk in self.dataset.data.column("input_ids").chunks]
+        if len(self) != self.report["images"]:
+            raise ValueError(f"{self.folder} holds {len(self)} rows, not {self.report['images']}; build it again.")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "TokenStore":
+        """Opens the store in `folder`; see the constructor."""
+        return cls(folder)
+
+    def __len__(self) -> int:
+        return sum(len(chunk) for chunk in self._chunks)
+
+    def __getitem__(self, indices: Any) -> dict[str, torch.Tensor]:
+        """Rows by index.
+
+        Args:
+            indices: integer array or sequence (b,), possibly empty or with repetitions; or one integer.
+
+        Returns:
+            {"input_ids": LongTensor (b, 1 + T)}, or (1 + T,) for one integer.
+
+        Raises:
+            IndexError: an index outside [0, len).
+            TypeError: indices that are not integers (a boolean mask, for instance).
+        """
+        wanted = np.asarray(indices)
+        if wanted.size and not np.issubdtype(wanted.dtype, np.integer):
+            raise TypeError(f"indices of dtype {wanted.dtype} must be integers; turn a mask into them with nonzero().")
+        if wanted.size and not (0 <= wanted.min() and wanted.max() < len(self)):
+            raise IndexError(f"indices in [{wanted.min()}, {wanted.max()}] but the store has {len(self)} rows.")
+        flat = wanted.reshape(-1).astype(np.int64)
+        rows = np.empty((len(flat), self.row_length), dtype=np.int64)
+        chunks, size = self._chunks, len(self._chunks[0])  # all chunks but the last have the same size
+        for position, index in enumerate(flat.tolist()):
+            rows[position] = chunks[index // size][index % size]
+        return {"input_ids": torch.from_numpy(rows.reshape(*wanted.shape, self.row_length))}
+
+    def check_codec(self, model: Any) -> None:
+        """Raises ValueError unless `model` holds the very codec that made these rows."""
+        if codec_fingerprint(model.codec) != self.codec_fingerprint:
+            raise ValueError(
+                f"the tokens in {self.folder} were made by codec {self.codec_fingerprint[:12]}, the model holds"
+                f" {codec_fingerprint(model.codec)[:12]}; build the store again with this model."
+            )
+
+    def verify(self) -> bool:
+        """Reads every row and recomputes the fingerprint; True if the rows are what was written."""
+        digest = hashlib.sha256()
+        for chunk in self._chunks:
+            digest.update(chunk.astype("<i4").tobytes())
+        return digest.hexdigest() == self.fingerprint
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.folder,)
+
+    def __repr__(self) -> str:
+        return f"TokenStore({str(self.folder)!r}, rows={len(self)}, row_length={self.row_length})"
+
+
+def build_token_store(
+    dataset: Any,
+    model: Any,
+    image_processor: Any,
+    folder: str | Path,
+    *,
+    image_column: str = "image",
+    label_column: str | None = None,
+    batch_size: int = 256,
+    progress: bool = True,
+    overwrite: bool = False,
+) -> TokenStore:
+    """Tokenises a data set in one pass, without ever holding more than a batch of images.
+
+    Args:
+        dataset: a `datasets.Dataset` or `IterableDataset` (see `load_images`), or any iterable of mappings.
+        model: a `SpectralTokenizerForCausalLM`; its `codec` encodes on the device where it lies.
+        image_processor: a `SpectralImageProcessor` with the model's `image_size` and `num_channels`.
+        folder: where to put the store; made anew.
+        image_column: column of the images, in any form that `decode_image` takes.
+        label_column: column of integer class labels, or None for an unconditional set. A label None or -1 means
+            unlabelled and gives the null token.
+        batch_size: images per batch.
+        progress: show a progress bar.
+        overwrite: replace a store that is already there.
+
+    Returns:
+        The store. Images that cannot be decoded are left out and counted in `report["undecodable"]`; they never stop
+        the run.
+
+    Raises:
+        FileExistsError: the folder exists and `overwrite` is False, or it is no token store.
+        ValueError: fields that do not fit together (before any image is read), a label outside the model's classes,
+            or not one decodable image.
+    """
+    folder = Path(folder)
+    _check(dataset, model, image_processor, image_column, label_column, batch_size)
+    if folder.exists() and not (overwrite and (folder / _FACTS).exists()):
+        remedy = "pass overwrite=True or load it" if (folder / _FACTS).exists() else "choose a new folder"
+        raise FileExistsError(f"folder={str(folder)!r} already exists; {remedy}.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        examples = _examples(dataset, image_column, label_column)
+        _write(examples, model, image_processor, scratch, batch_size, _total(dataset), progress)
+        _publish(scratch, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return TokenStore(folder)
+
+
+def codec_fingerprint(codec: Any) -> str:
+    """SHA-256 (hex) of a codec's buffers: names, shapes and float32 values. Two equal codecs give equal tokens."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(codec.state_dict().items()):
+        values = tensor.detach().to("cpu", torch.float32).contiguous().numpy()
+        digest.update(f"{name}{values.shape}".encode())
+        digest.update(values.astype("<f4").tobytes())
+    return digest.hexdigest()
+
+
+def _check(
+    dataset: Any, model: Any, image_processor: Any, image_column: str, label_column: str | None, batch_size: int
+) -> None:
+    """Refuses, before anything is read, what could not work."""
+    config = model.config
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1.")
+    for name in ("image_size", "num_channels"):
+        ours, theirs = getattr(config, name), getattr(image_processor, name)
+        if ours != theirs:
+            raise ValueError(
+                f"{name}={theirs} of the image processor differs from the model's {ours}; make them equal."
+            )
+    if label_column is not None and config.num_classes == 0:
+        raise ValueError(
+            f"label_column={label_column!r} but the model has num_classes=0;"
+            " leave it out or use a class-conditional model."
+        )
+    features = getattr(dataset, "features", None)
+    if features is None:
+        return
+    for name, column in (("image_column", image_column), ("label_column", label_column)):
+        if column is not None and column not in features:
+            raise ValueError(f"{name}={column!r} is not a column of the data; choose one of {sorted(features)}.")
+    if label_column is not None:
+        feature = features[label_column]
+        if isinstance(feature, ClassLabel) and feature.num_classes > config.num_classes:
+            raise ValueError(
+                f"label_column={label_column!r} has {feature.num_classes} classes, more than the model's"
+                f" num_classes={config.num_classes}; use a model with enough classes."
+            )
+        if getattr(feature, "dtype", None) in ("string", "large_string"):
+            raise ValueError(
+                f"label_column={label_column!r} holds text; map it to integers first, e.g. dataset.class_encode_column."
+            )
+
+
+def _total(dataset: Any) -> int | None:
+    try:
+        return len(dataset)
+    except TypeError:
+        return None
+
+
+def _examples(dataset: Any, image_column: str, label_column: str | None) -> Iterator[tuple[Any, Any]]:
+    """(image, label) pairs. Images of a `datasets` source come encoded, so that one broken file harms only itself."""
+    features = getattr(dataset, "features", None)
+    if features is not None:
+        dataset = dataset.select_columns([column for column in (image_column, label_column) if column is not None])
+        if isinstance(features[image_column], ImageFeature):
+            dataset = dataset.cast_column(image_column, ImageFeature(decode=False))
+    rows: Iterable[Mapping[str, Any]] = iter(dataset)
+    finished = False
+    try:
+        for row in rows:
+            yield row[image_column], None if label_column is None else row[label_column]
+        finished = True
+    finally:
+        if not finished:
+            # A Parquet stream of datasets 5 that is left half read can hang the interpreter at exit (its read-ahead
+            # threads hold Python files); closing the chain of generators and collecting them lets the threads end.
+            if hasattr(rows, "close"):
+                rows.close()
+            del rows
+            gc.collect()
+
+
+def _write(
+    examples: Iterator[tuple[Any, Any]],
+    model: Any,
+    image_processor: Any,
+    folder: Path,
+    batch_size: int,
+    total: int | None,
+    progress: bool,
+) -> None:
+    """Streams the rows into `folder` and puts the facts beside them."""
+    config = model.config
+    row_length = 1 + config.layout.length
+    highest = max([config.null_token_id, *config.class_token_ids])
+    type_ = pa.int16() if highest <= np.iinfo(np.int16).max else pa.int32()
+    column = pa.list_(type_, row_length)
+    schema = pa.schema([("input_ids", column)])
+    digest = hashlib.sha256()
+    report = {"images": 0, "undecodable": 0, "unlabelled": 0}
+    pending: list[np.ndarray] = []
+
+    def flush(sink: pa.RecordBatchStreamWriter, everything: bool) -> None:
+        rows = np.concatenate(pending)
+        pending.clear()
+        whole = len(rows) if everything else len(rows) - len(rows) % _ROWS_PER_CHUNK
+        for start in range(0, whole, _ROWS_PER_CHUNK):
+            chunk = rows[start : min(start + _ROWS_PER_CHUNK, whole)]
+            values = pa.array(chunk.reshape(-1), type=type_)
+            sink.write_batch(pa.record_batch([pa.FixedSizeListArray.from_arrays(values, type=column)], schema=schema))
+        if whole < len(rows):
+            pending.append(rows[whole:])
+
+    first_reason = None
+    try:
+        with (
+            open(folder / _TOKENS, "wb") as file,
+            pa.ipc.new_stream(file, schema) as sink,
+            tqdm(total=total, unit="image", desc="tokenising", disable=not progress) as bar,
+        ):
+            for number, batch in enumerate(_batches(examples, batch_size)):
+                pixels, kept, reasons = _pixels([image for image, _ in batch], image_processor)
+                first_reason = first_reason or next(iter(reasons), None)
+                report["undecodable"] += len(reasons)
+                if kept:
+                    labels = [batch[index][1] for index in kept]
+                    starts = _start_tokens(labels, config, number * batch_size)
+                    rows = np.concatenate([starts[:, None], _encode(pixels, model)], axis=1)
+                    digest.update(rows.astype("<i4").tobytes())
+                    report["images"] += len(rows)
+                    report["unlabelled"] += sum(label is None or label == -1 for label in labels)
+                    pending.append(rows.astype(type_.to_pandas_dtype()))
+                    if sum(map(len, pending)) >= _ROWS_PER_CHUNK:
+                        flush(sink, everything=False)
+                bar.update(len(batch))
+            if pending:
+                flush(sink, everything=True)
+    finally:
+        examples.close()  # type: ignore[attr-defined]  # a generator: lets go of the source now, not at exit
+    if report["images"] == 0:
+        raise ValueError(
+            f"not one image could be decoded, {report['undecodable']} were tried; the first failed with"
+            f" {first_reason!r}. Check image_column and the source."
+        )
+    if report["undecodable"]:
+        logger.warning(
+            "%d of %d images could not be decoded and were left out; the first failed with %r.",
+            report["undecodable"],
+            report["images"] + report["undecodable"],
+            first_reason,
+        )
+    facts = {
+        "format": _FORMAT,
+        "row_length": row_length,
+        "fingerprint": digest.hexdigest(),
+        "codec_fingerprint": codec_fingerprint(model.codec),
+        "report": report,
+    }
+    (folder / _FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def _batches(examples: Iterator[tuple[Any, Any]], size: int) -> Iterator[list[tuple[Any, Any]]]:
+    while batch := list(itertools.islice(examples, size)):
+        yield batch
+
+
+def _pixels(images: Sequence[Any], image_processor: Any) -> tuple[torch.Tensor | None, list[int], list[str]]:
+    """Pixel values of the images that can be decoded, their positions, and why the others could not."""
+    decoded, kept, reasons = [], [], []
+    for index, image in enumerate(images):
+        try:
+            decoded.append(decode_image(image))
+            kept.append(index)
+        except UndecodableImageError as error:
+            reasons.append(str(error))
+    if not decoded:
+        return None, [], reasons
+    try:
+        return image_processor(decoded, return_tensors="pt")["pixel_values"], kept, reasons
+    except Exception:  # some image of the batch decodes but has no usable pixels: find it, keep the others
+        usable = []
+        for index, image in zip(kept, decoded, strict=True):
+            try:
+                usable.append((index, image_processor(image, return_tensors="pt")["pixel_values"]))
+            except Exception as error:  # as in decode_image: one image's fault, whatever its type
+                reasons.append(f"{type(error).__name__}: {error}")
+        if not usable:
+            return None, [], reasons
+        return torch.cat([pixels for _, pixels in usable]), [index for index, _ in usable], reasons
+
+
+def _start_tokens(labels: Sequence[Any], config: Any, first_row: int) -> np.ndarray:
+    """Class tokens (b,) of the labels; the null token where there is none."""
+    tokens = np.full(len(labels), config.null_token_id, dtype=np.int64)
+    for position, label in enumerate(labels):
+        if label is None or label == -1:
+            continue
+        if not isinstance(label, int | np.integer) or not 0 <= label < config.num_classes:
+            raise ValueError(
+                f"label {label!r} near row {first_row + position} is not in 0..{config.num_classes - 1};"
+                " use a model with enough classes, or map the labels."
+            )
+        tokens[position] = config.class_token_ids[label]
+    return tokens
+
+
+@torch.no_grad()
+def _encode(pixels: Any, model: Any) -> np.ndarray:
+    """Image tokens (b, T) of pixel values, encoded where the codec lies."""
+    device = next((tensor.device for tensor in model.codec.state_dict().values()), torch.device("cpu"))
+    return model.codec.encode(pixels.to(device)).cpu().numpy()
+
+
+def _publish(scratch: Path, folder: Path) -> None:
+    """Makes the complete store appear under its name, durably and at once."""
+    for path in (scratch / _TOKENS, scratch / _FACTS, scratch):
+        _sync(path)
+    if folder.exists():
+        retired = scratch.with_name(scratch.name + "-old")
+        os.replace(folder, retired)
+        os.replace(scratch, folder)
+        shutil.rmtree(retired, ignore_errors=True)
+    else:
+        os.replace(scratch, folder)
+    _sync(folder.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _rows(chunk: Any, row_length: int) -> np.ndarray:
+    """View (rows, row_length) of a memory-mapped Arrow chunk; nothing is copied."""
+    return chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, row_length)
+
+
+__all__ = ["TokenStore", "build_token_store", "codec_fingerprint", "load_images"]

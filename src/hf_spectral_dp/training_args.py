@@ -1,0 +1,121 @@
+"""What a user asks of a private training run; everything else is `transformers.TrainingArguments`."""
+
+import math
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from .privacy.budget import PrivacyBudget, PrivacyPlan
+
+
+@dataclass
+class DPTrainingArguments(TrainingArguments):
+    """Arguments of `DPTrainer`.
+
+    What fixes the guarantee: `target_epsilon`, `target_delta`, `clipping_norm`, `expected_batch_size` or
+    `sampling_rate`, and `max_steps` or `num_train_epochs` (an epoch is 1 / sampling_rate steps). `micro_batch_size`
+    changes speed and memory only. Learning rate, schedule and optimizer are those of transformers; they cost no
+    privacy as long as they were not chosen by looking at the private data.
+
+    Raises:
+        ValueError: a value that cannot work, or a transformers option that would break the guarantee or publish what
+            it does not cover; names the field, its value, the rule and the remedy.
+    """
+
+    target_epsilon: float | None = field(
+        default=None, metadata={"help": "Epsilon that the whole run may spend, e.g. 8. Required."}
+    )
+    target_delta: float | None = field(
+        default=None, metadata={"help": "Delta, below 1/N. Default: the smaller of 1/(10 N) and N**-1.1."}
+    )
+    clipping_norm: float = field(
+        default=1.0, metadata={"help": "Largest Euclidean norm of one example's gradient; longer ones are scaled."}
+    )
+    expected_batch_size: float | None = field(
+        default=None, metadata={"help": "Mean number of examples per step; the real number varies. Larger is better."}
+    )
+    sampling_rate: float | None = field(
+        default=None, metadata={"help": "Probability of each example to enter a step; instead of expected_batch_size."}
+    )
+    micro_batch_size: int = field(
+        default=128, metadata={"help": "Examples per forward pass and process; for memory and speed only."}
+    )
+    ema_decay: float = field(
+        default=0.0, metadata={"help": "Decay of an exponential moving average of the weights; 0 is none. Free."}
+    )
+    public_interpolation: float = field(
+        default=1.0,
+        metadata={"help": "a in public + a * (trained - public), applied to the final weights; 1 keeps them. Free."},
+    )
+    lora_rank: int = field(
+        default=0, metadata={"help": "Train low-rank adapters of this rank on all linear layers (PEFT); 0 trains all."}
+    )
+
+    def __post_init__(self):
+        # One loader item is one Poisson batch, one DP event and one optimizer step.
+        self.max_grad_norm = 0.0  # each example is clipped instead; clipping the noisy mean again would only add bias
+        self.per_device_train_batch_size = self.micro_batch_size
+        self.ignore_data_skip = True  # a resumed run draws fresh Poisson batches, and pays for them
+        super().__post_init__()
+        if self.target_epsilon is None:
+            raise ValueError("target_epsilon=None: say how much privacy the run may spend, e.g. target_epsilon=8.0.")
+        self.budget = PrivacyBudget(self.target_epsilon, self.target_delta)
+        if (self.expected_batch_size is None) == (self.sampling_rate is None):
+            raise ValueError(
+                f"expected_batch_size={self.expected_batch_size} and sampling_rate={self.sampling_rate}: give exactly"
+                " one of them."
+            )
+        for name in ("expected_batch_size", "sampling_rate", "clipping_norm"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{name}={value} must be positive and finite.")
+        if self.sampling_rate is not None and self.sampling_rate > 1:
+            raise ValueError(f"sampling_rate={self.sampling_rate} is a probability: at most 1.")
+        if self.micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size={self.micro_batch_size} must be at least 1.")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay={self.ema_decay} must be in [0, 1); 0 switches averaging off.")
+        if not 0 < self.public_interpolation <= 1:
+            raise ValueError(
+                f"public_interpolation={self.public_interpolation} must be in (0, 1]; 1 keeps the trained weights."
+            )
+        if self.lora_rank < 0:
+            raise ValueError(f"lora_rank={self.lora_rank} must be 0 (train all weights) or positive.")
+        self._refuse_what_breaks_the_guarantee()
+
+    def _refuse_what_breaks_the_guarantee(self) -> None:
+        refused = [
+            ("gradient_accumulation_steps", 1, "one step is one Poisson batch; use a larger expected_batch_size"),
+            ("fp16", False, "its loss scaling acts before clipping; use bf16=True or float32"),
+            ("auto_find_batch_size", False, "repeated steps would not be charged; set micro_batch_size"),
+            ("load_best_model_at_end", False, "choosing a checkpoint on private data is not covered by the guarantee"),
+            ("do_eval", False, "a loss on private data is not covered; evaluate the images the model generates"),
+            ("push_to_hub", False, "checkpoints hold optimizer states; publish the finished pipeline instead"),
+            ("label_smoothing_factor", 0.0, "it is not applied to the per-example loss"),
+        ]
+        for name, allowed, reason in refused:
+            if getattr(self, name, allowed) != allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} cannot be used with DPTrainer: {reason}.")
+        if self.deepspeed or self.fsdp:
+            raise ValueError("deepspeed and fsdp are not supported by DPTrainer: run plain data parallelism instead.")
+
+    def plan(self, num_examples: int) -> PrivacyPlan:
+        """The calibrated plan for that many private rows: how much noise this run needs.
+
+        Raises:
+            ValueError: a batch larger than the data, delta not below 1/N, or no number of steps.
+        """
+        if self.expected_batch_size is not None and self.expected_batch_size > num_examples >= 1:
+            raise ValueError(
+                f"expected_batch_size={self.expected_batch_size:g} is larger than the data, num_examples="
+                f"{num_examples}; choose at most {num_examples}."
+            )
+        if self.expected_batch_size is not None:
+            rate = self.expected_batch_size / num_examples
+        else:
+            rate = float(self.sampling_rate or 0)
+        steps = self.max_steps if self.max_steps > 0 else math.ceil(self.num_train_epochs / rate)
+        return self.budget.calibrate(num_examples=num_examples, sampling_rate=rate, steps=steps)
+
+
+__all__ = ["DPTrainingArguments"]

@@ -1,0 +1,53 @@
+"""Fixtures that several test files share: one thread, no network, a tiny model with a usable codec."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face import: no test may reach for the network
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+import numpy as np
+import pytest
+import torch
+
+from hf_spectral_dp import SpectralConfig, SpectralTokenizerForCausalLM
+
+torch.set_num_threads(1)
+
+
+def tiny_model(num_channels: int = 1, num_classes: int = 10) -> SpectralTokenizerForCausalLM:
+    """A model for 16x16 images, T = 12 tokens, with random code words on the scale of wavelet coefficients."""
+    config = SpectralConfig(
+        image_size=16,
+        num_channels=num_channels,
+        levels=2,
+        patch_sizes=[2, 2, 4],
+        codebook_sizes=[16, 16, 16],
+        num_classes=num_classes,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = SpectralTokenizerForCausalLM(config)
+    generator = torch.Generator().manual_seed(0)
+    for index in range(3):
+        model.codec.codebook(index).normal_(std=2.0, generator=generator)
+    return model
+
+
+@pytest.fixture(scope="session")
+def grey_model() -> SpectralTokenizerForCausalLM:
+    return tiny_model()
+
+
+@pytest.fixture(scope="session")
+def colour_model() -> SpectralTokenizerForCausalLM:
+    return tiny_model(num_channels=3, num_classes=0)
+
+
+@pytest.fixture
+def random_images() -> np.ndarray:
+    """Forty uint8 images (40, 20, 24, 3)."""
+    return np.random.default_rng(0).integers(0, 256, (40, 20, 24, 3), dtype=np.uint8)

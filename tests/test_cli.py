@@ -1,0 +1,74 @@
+"""The command line says the guarantee, every check, and fails when one fails."""
+
+import json
+from pathlib import Path
+
+import pytest
+from test_card import report, save_pipeline
+
+from hf_spectral_dp.card import PrivacyCard
+from hf_spectral_dp.cli import main
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return save_pipeline(tmp_path / "pipeline")
+
+
+def test_verify_prints_the_guarantee_and_every_check(folder, capsys):
+    assert main(["verify", str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    card = PrivacyCard.load(folder)
+    assert lines == [card.guarantee, *(f"[ok] {name}" for name in card.checks(folder))]
+
+
+@pytest.mark.parametrize("harm", ["epsilon", "weights", "readme"])
+def test_verify_fails_on_any_contradiction(folder, capsys, harm):
+    if harm == "epsilon":
+        fields = json.loads((folder / "privacy.json").read_text())
+        fields["guarantee"]["epsilon"] = 0.01
+        (folder / "privacy.json").write_text(json.dumps(fields))
+    elif harm == "weights":
+        (folder / "model" / "model.safetensors").write_bytes(b"other")
+    else:
+        (folder / "README.md").write_text("epsilon is 0")
+    assert main(["verify", str(folder)]) == 1
+    assert "[FAILED]" in capsys.readouterr().out
+
+
+def test_a_missing_or_invalid_card_fails_without_a_traceback(folder, tmp_path, capsys):
+    for command in ("verify", "card"):
+        assert main([command, str(tmp_path / "none")]) == 1
+        assert "does not exist" in capsys.readouterr().err
+    (folder / "privacy.json").write_text(json.dumps({**report(), "guarantee": {}}))
+    for command in ("verify", "card"):
+        assert main([command, str(folder)]) == 1
+        assert "guarantee.epsilon is missing" in capsys.readouterr().err
+
+
+def test_card_renders_the_readme_and_vouches_for_nothing_new(folder):
+    readme, card = (folder / "README.md").read_text(), (folder / "privacy.json").read_bytes()
+    (folder / "README.md").write_text(readme.replace("ε", "e"))
+    (folder / "model" / "model.safetensors").write_bytes(b"other")
+    assert main(["card", str(folder)]) == 0
+    assert (folder / "README.md").read_text() == readme
+    assert (folder / "privacy.json").read_bytes() == card
+    assert main(["verify", str(folder)]) == 1  # the weights are still not those of the card
+    assert main(["card", str(folder), "--license", "mit"]) == 0
+    assert "license: mit" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("arguments", [[], ["verify"], ["unknown", "x"]])
+def test_wrong_usage_is_explained(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert "usage: hf-spectral-dp" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments, words", [(["-h"], ["verify", "card"]), (["verify", "-h"], ["FOLDER"])])
+def test_help_is_helpful(arguments, words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0 and all(word in shown for word in words)

@@ -1,0 +1,295 @@
+"""Per-example clipping against an explicit loop over examples, for every kind of layer, in every way of running."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from hf_spectral_dp.privacy.clipping import PerExampleClipper
+
+
+def llama(tied: bool = False, dtype=torch.float32, vocabulary: int = 19) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=64, tie_word_embeddings=tied,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).to(dtype)
+
+
+def gpt2(dtype=torch.float32) -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=19, n_positions=64, n_embd=16, n_layer=2, n_head=2, resid_pdrop=0, embd_pdrop=0,
+                        attn_pdrop=0, bos_token_id=0, eos_token_id=0)  # fmt: skip
+    return GPT2LMHeadModel(config).to(dtype)
+
+
+def lora(model):
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"]))
+    torch.manual_seed(1)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)  # zero at first, which would hide lora_A
+    return adapted
+
+
+MODELS = {
+    "llama": llama,
+    "llama tied": lambda dtype=torch.float32: llama(True, dtype),
+    "gpt2: tied, Conv1D, LayerNorm, broadcast positions": gpt2,
+    "lora": lambda dtype=torch.float32: lora(llama(False, dtype)),
+    "lora on tied": lambda dtype=torch.float32: lora(llama(True, dtype)),
+}
+
+
+def token_rows(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(19, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def losses_of(model, ids: torch.Tensor) -> torch.Tensor:
+    logits = model(input_ids=ids, use_cache=False).logits
+    return F.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none").mean(1)
+
+
+def looped(model, ids: torch.Tensor, clipping_norm: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Norms and clipped sum by autograd, one example at a time."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    norms, sums = [], {name: torch.zeros_like(p) for name, p in parameters.items()}
+    for row in ids:
+        loss = losses_of(model, row[None])[0]
+        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        used = {name: g for name, g in zip(parameters, gradients, strict=True) if g is not None}
+        norm = torch.sqrt(sum(g.square().sum() for g in used.values()))
+        norms.append(norm)
+        for name, gradient in used.items():
+            sums[name] += gradient * min(1.0, clipping_norm / float(norm))
+    return torch.stack(norms), sums
+
+
+def relative_error(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    difference = torch.sqrt(sum((ours[name] - theirs[name]).square().sum() for name in theirs))
+    return float(difference / torch.sqrt(sum(value.square().sum() for value in theirs.values())))
+
+
+@pytest.mark.parametrize("length", [4, 40])  # short: ghost norms; long: instantiated gradients
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_the_loop_in_double_precision(name, length):
+    model, ids = MODELS[name](dtype=torch.float64), token_rows(5, length)
+    clipper = PerExampleClipper(model, 0.5)
+    norms, sums = looped(model, ids, 0.5)
+    ours = clipper.per_example_norms(lambda: losses_of(model, ids), 5)
+    torch.testing.assert_close(ours, norms.detach(), rtol=1e-10, atol=0)
+    clipper.add(lambda: losses_of(model, ids), 5)
+    # The shrinking by 1e-6 applies below and above the clipping norm alike.
+    assert relative_error(clipper.take(), {name: value * (1 - 1e-6) for name, value in sums.items()}) < 1e-10
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_any_split_into_micro_batches_gives_the_same_sum(name):
+    model, ids = MODELS[name](), token_rows(7, 12)
+    clipper = PerExampleClipper(model, 0.3)
+    clipper.add(lambda: losses_of(model, ids), 7)
+    whole = clipper.take()
+    for size in (1, 2, 3):
+        for rows in ids.split(size):
+            clipper.add(lambda rows=rows: losses_of(model, rows), len(rows))
+        assert relative_error(clipper.take(), whole) < 1e-6
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_single_precision_within_a_millionth(name):
+    model, ids = MODELS[name](), token_rows(5, 12)
+    clipper = PerExampleClipper(model, 0.5)
+    norms, sums = looped(model, ids, 0.5)
+    torch.testing.assert_close(
+        clipper.per_example_norms(lambda: losses_of(model, ids), 5), norms.detach(), rtol=2e-6, atol=0
+    )
+    clipper.add(lambda: losses_of(model, ids), 5)
+    assert relative_error(clipper.take(), sums) < 3e-6
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_changes_nothing(reentrant):
+    model, ids = llama(), token_rows(5, 12)
+    clipper = PerExampleClipper(model, 0.5)
+    clipper.add(lambda: losses_of(model, ids), 5)
+    plain = clipper.take()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    model.train()
+    clipper.add(lambda: losses_of(model, ids), 5)
+    assert relative_error(clipper.take(), plain) < 1e-6
+
+
+def test_bfloat16_autocast_keeps_sums_in_float32():
+    model, ids = llama(), token_rows(5, 12)
+    clipper = PerExampleClipper(model, 0.5)
+
+    def losses():
+        with torch.autocast("cpu", torch.bfloat16):
+            return losses_of(model, ids)
+
+    clipper.add(losses, 5)
+    sums = clipper.take()
+    assert all(value.dtype == torch.float32 for value in sums.values())
+    _, expected = looped(model, ids, 0.5)
+    assert relative_error(sums, expected) < 0.05  # bfloat16 has eight bits
+
+
+def test_every_share_stays_below_the_clipping_norm():
+    model = llama()
+    clipper = PerExampleClipper(model, 0.01)
+    for seed in range(20):
+        ids = token_rows(1, 9, seed)
+        clipper.add(lambda ids=ids: losses_of(model, ids) * 1e4, 1)
+        norm = float(torch.sqrt(sum(value.double().square().sum() for value in clipper.take().values())))
+        assert 0.0099 < norm <= 0.01
+
+
+class Poisoned(nn.Module):
+    """One linear layer whose input can carry anything."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 4)
+
+    def losses(self, x):
+        return self.layer(x).square().flatten(1).sum(1)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e38])
+@pytest.mark.parametrize("length", [1, 6])
+def test_an_example_that_is_not_finite_counts_exactly_zero(value, length):
+    torch.manual_seed(0)
+    model, x = Poisoned(), torch.randn(4, length, 3)
+    clipper = PerExampleClipper(model, 1.0)
+    rest = x[[0, 1, 3]]
+    clipper.add(lambda: model.losses(rest), 3)
+    expected = clipper.take()
+    x[2, 0, 0] = value
+    clipper.add(lambda: model.losses(x), 4)
+    assert relative_error(clipper.take(), expected) < 1e-6
+
+
+@pytest.mark.parametrize("length", [1, 6])
+def test_adding_one_example_moves_the_sum_by_at_most_the_clipping_norm(length):
+    torch.manual_seed(0)
+    model = Poisoned()
+    clipper = PerExampleClipper(model, 0.7)
+    for trial in range(300):
+        generator = torch.Generator().manual_seed(trial)
+        scale = 10.0 ** float(torch.randint(-20, 19, (), generator=generator))
+        x = torch.randn(int(torch.randint(1, 9, (), generator=generator)), length, 3, generator=generator) * scale
+        clipper.add(lambda x=x: model.losses(x), len(x))
+        whole = clipper.take()
+        clipper.add(lambda x=x: model.losses(x[1:]), len(x) - 1)
+        less = clipper.take()
+        moved = torch.sqrt(sum((whole[name].double() - less[name].double()).square().sum() for name in whole))
+        assert moved <= 0.7 * (1 + 1e-5)
+
+
+def test_a_layer_used_twice_and_at_two_lengths():
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 6).double()
+    x, y = torch.randn(3, 2, 6).double(), torch.randn(3, 9, 6).double()
+
+    def losses(rows=slice(None)):
+        return layer(layer(x[rows])).square().mean((1, 2)) + layer(y[rows]).pow(3).mean((1, 2))
+
+    clipper = PerExampleClipper(layer, 0.1)
+    expected = torch.zeros_like(layer.weight)
+    for row in range(3):
+        grads = torch.autograd.grad(losses(slice(row, row + 1))[0], [layer.weight, layer.bias])
+        norm = torch.sqrt(sum(g.square().sum() for g in grads))
+        expected += grads[0] * min(1.0, 0.1 / float(norm))
+    clipper.add(losses, 3)
+    torch.testing.assert_close(clipper.take()["weight"], expected, rtol=2e-6, atol=1e-12)
+
+
+def test_a_padding_row_gets_nothing():
+    table = nn.Embedding(5, 3, padding_idx=0)
+    clipper = PerExampleClipper(table, 1.0)
+    ids = torch.tensor([[0, 1, 1], [0, 0, 2]])
+    clipper.add(lambda: table(ids).sum((1, 2)), 2)
+    total = clipper.take()["weight"]
+    assert torch.equal(total[0], torch.zeros(3))
+    assert float(total[1].norm()) == pytest.approx(1.0, rel=1e-5)  # twice the row (2, 2, 2), clipped together
+
+
+def test_nothing_is_stale_after_a_module_is_skipped():
+    torch.manual_seed(0)
+    first, second = nn.Linear(3, 1), nn.Linear(3, 1)
+    both, x = nn.ModuleList([first, second]), torch.randn(4, 3)
+    clipper = PerExampleClipper(both, 1.0)
+    clipper.add(lambda: (first(x) + second(x))[:, 0], 4)
+    clipper.take()
+    clipper.add(lambda: first(x)[:, 0], 4)
+    sums = clipper.take()
+    assert torch.equal(sums["1.weight"], torch.zeros(1, 3))
+    assert sums["0.weight"].abs().sum() > 0
+
+
+def test_no_examples_no_forward_and_a_sum_of_zeros():
+    model = Poisoned()
+    clipper = PerExampleClipper(model, 1.0)
+    clipper.add(lambda: pytest.fail("the model was run"), 0)
+    assert all(torch.equal(value, torch.zeros_like(value)) for value in clipper.take().values())
+
+
+def test_ordinary_training_is_restored():
+    model, x = Poisoned(), torch.randn(2, 3)
+    clipper = PerExampleClipper(model, 1.0)
+    model.layer.weight.grad = torch.ones(4, 3)
+    clipper.add(lambda: model.losses(x), 2)
+    assert torch.equal(model.layer.weight.grad, torch.ones(4, 3))
+    assert "forward" not in vars(model.layer)
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+
+
+class OnePlusRMSNorm(nn.Module):
+    """Scales by 1 + weight, as Gemma's: a name that promises what the numbers do not keep."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.zeros(4)), 1e-6
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * (1 + self.weight)
+
+
+@pytest.mark.parametrize(
+    "model, name", [(Scaled(), "scale"), (nn.Conv2d(1, 1, 3), "weight"), (OnePlusRMSNorm(), "weight")]
+)
+def test_an_uncovered_parameter_is_named(model, name):
+    with pytest.raises(ValueError, match=f"^{name} is trainable"):
+        PerExampleClipper(model, 1.0)
+
+
+def test_a_parameter_used_outside_its_module_is_refused():
+    layer, x = nn.Linear(3, 2), torch.randn(4, 3)
+    clipper = PerExampleClipper(layer, 1.0)
+    with pytest.raises(ValueError, match="weight is used outside"):
+        clipper.add(lambda: layer(x).sum(1) + layer.weight.sum(), 4)
+    assert torch.equal(clipper.take()["weight"], torch.zeros(2, 3))
+
+
+def test_other_misuse_is_refused():
+    model, x = Poisoned(), torch.randn(4, 3)
+    with pytest.raises(ValueError, match="clipping_norm=0"):
+        PerExampleClipper(model, 0)
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        PerExampleClipper(Poisoned().requires_grad_(False), 1.0)
+    with pytest.raises(ValueError, match="float16"):
+        PerExampleClipper(Poisoned().half(), 1.0)
+    clipper = PerExampleClipper(model, 1.0)
+    with pytest.raises(ValueError, match="one loss per example"):
+        clipper.add(lambda: model.losses(x).mean(), 4)
+    with pytest.raises(ValueError, match="layer received shape"):
+        clipper.add(lambda: model.layer(x.repeat(2, 1)).view(4, -1).sum(1), 4)

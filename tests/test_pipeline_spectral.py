@@ -1,0 +1,330 @@
+"""Pipeline: the chain is what its parts say, nothing is sampled from bad input, what is saved is what is loaded."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from huggingface_hub.utils import filter_repo_objects
+from PIL import Image
+from transformers import Swin2SRConfig, Swin2SRForImageSuperResolution
+
+from hf_spectral_dp import SpectralConfig, SpectralTokenizerForCausalLM, modeling_spectral, pipeline_spectral
+from hf_spectral_dp.image_processing_spectral import SpectralImageProcessor
+from hf_spectral_dp.pipeline_spectral import DPSpectralPipeline
+from hf_spectral_dp.super_resolution import SpectralSuperResolution, SpectralSuperResolutionConfig, upscale
+
+
+def coarse_model(scales: int = 2, channels: int = 1, num_classes: int = 10) -> SpectralTokenizerForCausalLM:
+    """16x16 images of which the tokens carry 4x4 (one scale), 8x8 (two) or all 16x16 (three)."""
+    torch.manual_seed(0)
+    config = SpectralConfig(
+        image_size=16,
+        num_channels=channels,
+        levels=2,
+        patch_sizes=[2, 2, 4][:scales],
+        codebook_sizes=[16, 16, 16][:scales],
+        num_classes=num_classes,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    model = SpectralTokenizerForCausalLM(config)
+    for index in range(scales):
+        model.codec.codebook(index).normal_()
+    return model
+
+
+def network(channels: int = 1, scale: int = 2) -> SpectralSuperResolution:
+    torch.manual_seed(0)
+    return SpectralSuperResolution(
+        SpectralSuperResolutionConfig(num_channels=channels, scale=scale, features=4, num_blocks=1)
+    )
+
+
+def swin() -> Swin2SRForImageSuperResolution:
+    torch.manual_seed(0)
+    config = Swin2SRConfig(image_size=8, embed_dim=8, depths=[1], num_heads=[1], window_size=4, mlp_ratio=1.0)
+    return Swin2SRForImageSuperResolution(config)
+
+
+def pipeline(scales=2, channels=1, num_classes=10, pad=0, super_resolution=None, **stored) -> DPSpectralPipeline:
+    pipe = DPSpectralPipeline(
+        coarse_model(scales, channels, num_classes),
+        SpectralImageProcessor(image_size=16, num_channels=channels, pad=pad),
+        super_resolution,
+        **stored,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list[dict]:
+    """The arguments of every call of the model's `sample` that draws tokens."""
+    calls: list[dict] = []
+    sample = SpectralTokenizerForCausalLM.sample
+
+    def spy(self, class_labels=None, num_samples=None, num_tokens=None, **options):
+        if num_tokens != 0:
+            calls.append({"labels": class_labels, "count": num_samples, **options})
+        return sample(self, class_labels, num_samples, num_tokens=num_tokens, **options)
+
+    monkeypatch.setattr(SpectralTokenizerForCausalLM, "sample", spy)
+    return calls
+
+
+# -- the chain ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("upscaling", ["nearest", "bicubic", "lanczos"])
+def test_the_chain_is_sample_decode_enlarge_crop(upscaling):
+    pipe = pipeline(scales=1, pad=2)
+    images = pipe([3, 7], generator=seeded(), upscaling=upscaling, output_type="pt").images
+    tokens = pipe.model.sample(torch.tensor([3, 7]), generator=seeded())
+    expected = upscale(upscaling, pipe.model.decode(tokens), 4)[..., 2:14, 2:14]
+    torch.testing.assert_close(images, (expected + 1) / 2)
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_super_resolution_is_applied_until_the_image_size(channels, scale):
+    pipe = pipeline(scales=1, channels=channels, super_resolution=network(channels, scale))
+    coarse = pipe(1, 3, generator=seeded(), output_type="latent").images
+    images = pipe(1, 3, generator=seeded(), output_type="pt").images * 2 - 1
+    assert coarse.shape == (3, channels, 4, 4) and images.shape == (3, channels, 16, 16)
+    # the network keeps block means, whatever its weights; float32 rounding of a chain of two
+    torch.testing.assert_close(F.avg_pool2d(images, 4), coarse, atol=1e-5, rtol=0)
+    plain = pipe(1, 3, generator=seeded(), output_type="pt", upscaling="nearest").images * 2 - 1
+    assert not torch.allclose(images, plain, atol=1e-3)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_swin2sr_is_applied_until_the_image_size(channels):
+    pipe = pipeline(scales=1, channels=channels, super_resolution=swin())
+    images = pipe(num_images=2, generator=seeded(), output_type="pt").images * 2 - 1
+    coarse = pipe(num_images=2, generator=seeded(), output_type="latent").images
+    with torch.no_grad():
+        expected = upscale(pipe.super_resolution, upscale(pipe.super_resolution, coarse))
+    torch.testing.assert_close(images, expected)
+
+
+def test_a_model_of_all_scales_needs_no_upscaling():
+    pipe = pipeline(scales=3)
+    images = pipe(num_images=2, generator=seeded(), output_type="pt").images
+    torch.testing.assert_close(images * 2 - 1, pipe(num_images=2, generator=seeded(), output_type="latent").images)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_output_types_show_the_same_images(channels):
+    pipe = pipeline(channels=channels, pad=1)
+
+    def images(output_type, **options):
+        return pipe(5, 3, generator=seeded(), upscaling="bicubic", output_type=output_type, **options)
+
+    tensor, array, pictures = images("pt").images, images("np").images, images("pil").images
+    assert tensor.shape == (3, channels, 14, 14) and array.shape == (3, 14, 14, channels)
+    np.testing.assert_array_equal(array, tensor.permute(0, 2, 3, 1).numpy())
+    for picture, expected in zip(pictures, array, strict=True):
+        assert picture.mode == ("L" if channels == 1 else "RGB") and picture.size == (14, 14)
+        levels = np.asarray(picture).reshape(14, 14, channels)
+        np.testing.assert_array_equal(levels, np.round(expected * 255))
+    assert images("pil", return_dict=False)[0] == pictures
+
+
+def test_none_leaves_the_coarse_image_and_crops_its_share_of_the_border():
+    assert pipeline(pad=2)(num_images=1, upscaling="none").images[0].size == (6, 6)
+    assert pipeline(pad=2)(num_images=1, output_type="latent").images.shape == (1, 1, 8, 8)
+
+
+# -- what is sampled ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("labels", [[3, 7], (3, 7), torch.tensor([3, 7], dtype=torch.uint8), np.array([3, 7])])
+def test_images_come_label_by_label_in_batches(drawn, labels):
+    images = pipeline()(labels, num_images=3, batch_size=4, output_type="latent").images
+    assert images.shape[0] == 6
+    assert [call["labels"].tolist() for call in drawn] == [[3, 3, 3, 7], [7, 7]]
+
+
+def test_one_label_and_no_label(drawn):
+    pipe = pipeline()
+    pipe(4, num_images=2, output_type="latent")
+    pipe(num_images=5, batch_size=2, output_type="latent")
+    assert drawn[0]["labels"].tolist() == [4, 4]
+    assert [(call["labels"], call["count"]) for call in drawn[1:]] == [(None, 2), (None, 2), (None, 1)]
+
+
+def test_stored_values_hold_unless_the_call_says_otherwise(drawn):
+    pipe = pipeline(guidance_scale=2.0, temperature=0.5, top_k=3, top_p=0.9)
+    pipe(1, output_type="latent")
+    pipe(1, guidance_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, output_type="latent")
+    pipe(output_type="latent")
+    values = [[call[name] for name in ("guidance_scale", "temperature", "top_k", "top_p")] for call in drawn]
+    assert values == [[2.0, 0.5, 3, 0.9], [1.0, 1.0, 0, 1.0], [1.0, 0.5, 3, 0.9]]  # last: nothing to guide
+
+
+def test_the_generator_decides_the_images():
+    pipe = pipeline()
+    first, again, other = (
+        pipe([1, 2, 3], 2, generator=seeded(seed), batch_size=4, output_type="latent").images for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_the_progress_bar_counts_images(capsys):
+    pipe = pipeline()
+    pipe.set_progress_bar_config(disable=False)
+    pipe(num_images=5, batch_size=2, output_type="latent")
+    assert "5/5" in capsys.readouterr().err
+
+
+def test_offloading_between_the_two_models_changes_nothing():
+    pipe = pipeline(super_resolution=network())
+    expected = pipe([1, 2], 2, generator=seeded(), batch_size=3, output_type="pt").images
+    pipe.enable_model_cpu_offload(device="cpu")  # the same hooks as on an accelerator
+    assert torch.equal(pipe([1, 2], 2, generator=seeded(), batch_size=3, output_type="pt").images, expected)
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"output_type": "jpeg"}, "output_type='jpeg'.*pil, np, pt, latent"),
+        ({"upscaling": "magic"}, "upscaling='magic'.*model, none, nearest, bicubic, lanczos"),
+        ({"upscaling": "model"}, "super_resolution=None.*coarse_size=8.*image_size=16.*bicubic"),
+        ({"num_images": 0}, "num_images=0"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"class_labels": [*range(9), 10]}, "num_classes=10"),
+        ({"class_labels": -1}, "num_classes=10"),
+        ({"class_labels": []}, r"class_labels=\[\]"),
+        ({"class_labels": [0.5]}, r"class_labels=\[0.5\]"),
+        ({"class_labels": True}, "class_labels=True"),
+        ({"class_labels": torch.zeros(2, 2, dtype=torch.long)}, "class_labels="),
+        ({"guidance_scale": 2.0}, "guidance_scale=2.0"),
+        ({"guidance_scale": float("nan"), "class_labels": 1}, "guidance_scale=nan"),
+        ({"temperature": 0.0}, "temperature=0.0"),
+        ({"top_k": -1}, "top_k=-1"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+        ({"generator": [torch.Generator()]}, "generator=.*torch.Generator"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_sampled(monkeypatch, inputs, message):
+    def draw(*_):
+        pytest.fail("a token was drawn")
+
+    monkeypatch.setattr(modeling_spectral, "_draw", draw)
+    with pytest.raises(ValueError, match=message):
+        pipeline()(**{"upscaling": "bicubic", "batch_size": 4, **inputs})
+
+
+def test_training_mode_is_left_when_built_and_refused_when_called():
+    model = coarse_model().train()
+    pipe = DPSpectralPipeline(model, SpectralImageProcessor(image_size=16), network().train())
+    assert not pipe.model.training and not pipe.super_resolution.training
+    model.train()  # as a trainer does that goes on
+    with pytest.raises(ValueError, match="training=True.*eval"):
+        pipe()
+
+
+def test_parts_that_do_not_fit_are_refused():
+    model, processor = coarse_model(), SpectralImageProcessor(image_size=16)
+    with pytest.raises(ValueError, match="image_size=16 in the model but 32"):
+        DPSpectralPipeline(model, SpectralImageProcessor(image_size=32))
+    with pytest.raises(ValueError, match="num_channels=1 in the model but 3"):
+        DPSpectralPipeline(model, SpectralImageProcessor(image_size=16, num_channels=3))
+    with pytest.raises(ValueError, match="num_channels=3 in super_resolution but 1"):
+        DPSpectralPipeline(model, processor, network(channels=3))
+    with pytest.raises(ValueError, match="upscales by 4.*coarse_size=8.*image_size=16"):
+        DPSpectralPipeline(model, processor, network(scale=4))
+    with pytest.raises(TypeError, match="SpectralTokenizerForCausalLM.*no integer `scale`"):
+        DPSpectralPipeline(model, processor, coarse_model())
+    with pytest.raises(TypeError, match="merge_and_unload"):
+        DPSpectralPipeline(torch.nn.Sequential(model), processor)
+
+
+# -- saved and loaded --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("super_resolution", [None, network, swin])
+def test_what_is_saved_is_what_is_loaded(tmp_path, super_resolution):
+    pipe = pipeline(
+        pad=2, super_resolution=super_resolution and super_resolution(), guidance_scale=1.5, temperature=0.8, top_k=4
+    )
+    upscaling = "model" if super_resolution else "lanczos"
+    expected = pipe([1, 2], 2, generator=seeded(), upscaling=upscaling).images
+    pipe.save_pretrained(tmp_path)
+    again = DPSpectralPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert again([1, 2], 2, generator=seeded(), upscaling=upscaling).images == expected
+    assert [again.config[name] for name in ("guidance_scale", "temperature", "top_k", "top_p")] == [1.5, 0.8, 4, 1.0]
+    assert type(again.super_resolution) is type(pipe.super_resolution)
+
+
+@pytest.mark.slow  # a new process imports everything again
+def test_a_fresh_process_needs_one_import(tmp_path):
+    pipe = pipeline(pad=2, super_resolution=network(), temperature=0.8)
+    pipe.save_pretrained(tmp_path / "pipe")
+    pipe(3, generator=seeded()).images[0].save(tmp_path / "expected.png")
+    program = """if True:
+        import sys, torch
+        from hf_spectral_dp.pipeline_spectral import DPSpectralPipeline
+        pipe = DPSpectralPipeline.from_pretrained(sys.argv[1])
+        pipe(3, generator=torch.Generator().manual_seed(0)).images[0].save(sys.argv[2])
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "pipe"), str(tmp_path / "image.png")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert Image.open(tmp_path / "image.png") == Image.open(tmp_path / "expected.png")
+
+
+def test_from_the_hub_come_data_files_only(tmp_path, monkeypatch):
+    source, cache = tmp_path / "hub", tmp_path / "cache"
+    pipe = pipeline(super_resolution=network())
+    pipe.save_pretrained(source)
+    wanted = ["README.md", "privacy.json", "images/grid.png"]
+    unwanted = ["model/pytorch_model.bin", "model/training_args.bin", "optimizer.pt", "x.pkl", "model/code.py"]
+    for name in (*wanted, *unwanted):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text("{}")
+
+    def snapshot_download(repo_id, *, allow_patterns, revision, **_):
+        assert (repo_id, revision) == ("owner/name", "v1")
+        names = [str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()]
+        for name in filter_repo_objects(names, allow_patterns=allow_patterns):
+            (cache / name).parent.mkdir(parents=True, exist_ok=True)
+            (cache / name).write_bytes((source / name).read_bytes())
+        return str(cache)
+
+    monkeypatch.setattr(pipeline_spectral, "snapshot_download", snapshot_download)
+    again = DPSpectralPipeline.from_pretrained("owner/name", revision="v1")
+    arrived = {str(path.relative_to(cache)) for path in cache.rglob("*") if path.is_file()}
+    saved = {"model_index.json", "model/generation_config.json", "image_processor/preprocessor_config.json"}
+    for part in ("model", "super_resolution"):
+        saved |= {f"{part}/config.json", f"{part}/model.safetensors"}
+    assert arrived == saved | set(wanted)
+    again.set_progress_bar_config(disable=True)
+    assert again(2, generator=seeded()).images == pipe(2, generator=seeded()).images
+
+
+def test_the_index_names_importable_modules(tmp_path):
+    pipeline(super_resolution=swin()).save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["model"] == ["hf_spectral_dp.modeling_spectral", "SpectralTokenizerForCausalLM"]
+    assert index["image_processor"] == ["hf_spectral_dp.image_processing_spectral", "SpectralImageProcessor"]
+    assert index["super_resolution"] == ["transformers", "Swin2SRForImageSuperResolution"]

@@ -1,0 +1,130 @@
+"""Super-resolution: it never contradicts the coarse image, stays in range, and other backends fit behind `upscale`."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import Swin2SRConfig, Swin2SRForImageSuperResolution
+
+from hf_spectral_dp.super_resolution import SpectralSuperResolution, SpectralSuperResolutionConfig, upscale
+from hf_spectral_dp.wavelets import dwt2
+
+torch.set_num_threads(1)
+
+
+def network(channels: int = 1, scale: int = 2, wild: bool = True) -> SpectralSuperResolution:
+    torch.manual_seed(0)
+    model = SpectralSuperResolution(
+        SpectralSuperResolutionConfig(num_channels=channels, scale=scale, features=4, num_blocks=1)
+    ).eval()
+    if wild:  # weights far from any trained ones: the properties must hold for every network
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(std=0.5)
+    return model
+
+
+def swin(scale: int = 2) -> Swin2SRForImageSuperResolution:
+    torch.manual_seed(0)
+    return Swin2SRForImageSuperResolution(
+        Swin2SRConfig(
+            image_size=16, embed_dim=8, depths=[1], num_heads=[1], window_size=8, upscale=scale, mlp_ratio=1.0
+        )
+    ).eval()
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+@pytest.mark.parametrize("channels", [1, 3])
+@torch.no_grad()
+def test_block_means_are_the_input_and_values_stay_in_range(channels, scale):
+    images = torch.rand(3, channels, 6, 5) * 2 - 1
+    images[0, 0, :2] = torch.tensor([-1.0, 1.0, -1.0, 1.0, 0.999])
+    result = network(channels, scale)(images)
+    assert result.shape == (3, channels, 6 * scale, 5 * scale)
+    assert result.abs().max() <= 1 + 1e-6
+    torch.testing.assert_close(F.avg_pool2d(result, scale), images, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_keeps_the_haar_approximation_band():
+    images = torch.rand(1, 1, 8, 8) * 2 - 1
+    low = dwt2(network()(images), 1).approximation
+    torch.testing.assert_close(low / 2, images, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_untrained_network_is_bicubic_with_the_right_means():
+    images = torch.linspace(-0.5, 0.5, 16).view(1, 1, 4, 4)
+    result = network(wild=False)(images)
+    torch.testing.assert_close(result, upscale("bicubic", images), atol=0.05, rtol=0)
+
+
+def test_training_reduces_the_error_and_every_parameter_learns():
+    model = network(wild=False)
+    target = torch.rand(8, 1, 4, 1).repeat(1, 1, 2, 8) - 0.5
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(30):
+        loss = F.l1_loss(model(F.avg_pool2d(target, 2)), target)
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_default_network_is_small_and_survives_saving(tmp_path):
+    assert SpectralSuperResolution(SpectralSuperResolutionConfig()).num_parameters() <= 150_000
+    model = network(3)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").exists()
+    images = torch.rand(1, 3, 4, 4)
+    loaded = SpectralSuperResolution.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(images), model(images))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [(4, 4), (8, 16), (11, 9)])
+@torch.no_grad()
+def test_swin2sr_of_any_size_and_channels(channels, size):
+    images = torch.rand(2, channels, *size) * 2 - 1
+    result = upscale(swin(), images)
+    assert result.shape == (2, channels, 2 * size[0], 2 * size[1])
+    assert result.abs().max() <= 1
+
+
+@torch.no_grad()
+def test_swin2sr_gets_zero_to_one():
+    model, images = swin(), torch.rand(1, 3, 8, 8) * 2 - 1
+    direct = model(pixel_values=(images + 1) / 2).reconstruction
+    torch.testing.assert_close(upscale(model, images), (direct * 2 - 1).clamp(-1, 1))
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bicubic", "lanczos"])
+def test_plain_resampling_keeps_a_constant(mode):
+    result = upscale(mode, torch.full((2, 3, 4, 5), 0.25), scale=3)
+    assert result.shape == (2, 3, 12, 15)
+    torch.testing.assert_close(result, torch.full_like(result, 0.25), atol=1e-5, rtol=0)
+
+
+def test_nearest_by_hand():
+    result = upscale("nearest", torch.tensor([[[[-1.0, 1.0]]]]))
+    assert result.tolist() == [[[[-1.0, -1.0, 1.0, 1.0], [-1.0, -1.0, 1.0, 1.0]]]]
+
+
+def test_errors_name_value_and_remedy():
+    images = torch.zeros(1, 1, 4, 4)
+    with pytest.raises(ValueError, match="'magic'.*nearest, bicubic, lanczos"):
+        upscale("magic", images)
+    with pytest.raises(ValueError, match="scale=0"):
+        upscale("nearest", images, scale=0)
+    with pytest.raises(ValueError, match="scale=4 but SpectralSuperResolution upscales by 2"):
+        upscale(network(), images, scale=4)
+    with pytest.raises(ValueError, match=r"\(1, 1, 4, 4\).*3, h, w"):
+        upscale(network(3), images)
+    with pytest.raises(ValueError, match="expected"):
+        upscale("nearest", images[0])
+    with pytest.raises(ValueError, match="scale=3"):
+        SpectralSuperResolutionConfig(scale=3)
+    with pytest.raises(ValueError, match="num_channels=2"):
+        SpectralSuperResolutionConfig(num_channels=2)

@@ -1,0 +1,271 @@
+"""Token store: rows equal direct encoding, broken images cost one row each, all or nothing on disk."""
+
+import io
+import json
+import pickle
+import subprocess
+import sys
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hf_spectral_dp.image_processing_spectral import SpectralImageProcessor
+from hf_spectral_dp.token_store import TokenStore, build_token_store
+
+
+def encoded(image: np.ndarray, kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, kind)
+    return file.getvalue()
+
+
+@pytest.fixture
+def processor() -> SpectralImageProcessor:
+    return SpectralImageProcessor(image_size=16)
+
+
+@pytest.fixture
+def rows(random_images) -> list[dict]:
+    return [{"image": Image.fromarray(image), "label": i % 10} for i, image in enumerate(random_images)]
+
+
+def build(dataset, model, processor, folder, **options) -> TokenStore:
+    return build_token_store(dataset, model, processor, folder, progress=False, **options)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 256])
+def test_rows_equal_direct_encoding(rows, grey_model, processor, tmp_path, batch_size):
+    store = build(rows, grey_model, processor, tmp_path / "store", label_column="label", batch_size=batch_size)
+    ids = store[np.arange(40)]["input_ids"]
+    tokens = grey_model.codec.encode(processor([row["image"] for row in rows])["pixel_values"])
+    assert ids.dtype == torch.int64
+    torch.testing.assert_close(ids[:, 1:], tokens)
+    assert ids[:, 0].tolist() == [grey_model.config.class_token_ids[row["label"]] for row in rows]
+    assert store.report == {"images": 40, "undecodable": 0, "unlabelled": 0} and len(store) == 40
+
+
+def test_every_kind_of_dataset_gives_the_same_rows(random_images, grey_model, processor, tmp_path):
+    columns = {
+        "image": [{"bytes": encoded(image), "path": None} for image in random_images],
+        "label": [i % 10 for i in range(40)],
+        "note": ["unused"] * 40,
+    }
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=10), "note": datasets.Value("string")}
+    )
+    table = datasets.Dataset.from_dict(columns, features=features)
+    plain = [{"image": image, "label": i % 10} for i, image in enumerate(random_images)]
+    sources = {"table": table, "stream": table.to_iterable_dataset(), "list": plain, "generator": iter(plain)}
+    prints = {
+        build(source, grey_model, processor, tmp_path / name, label_column="label").fingerprint
+        for name, source in sources.items()
+    }
+    assert len(prints) == 1
+
+
+def test_indexing(rows, grey_model, processor, tmp_path):
+    store = build(rows, grey_model, processor, tmp_path / "store", label_column="label")
+    everything = store[np.arange(40)]["input_ids"]
+    wanted = np.array([3, 3, 39, 0])
+    torch.testing.assert_close(store[wanted]["input_ids"], everything[[3, 3, 39, 0]])
+    torch.testing.assert_close(store[5]["input_ids"], everything[5])
+    assert store[np.array([], dtype=np.int64)]["input_ids"].shape == (0, store.row_length)
+    assert store[[]]["input_ids"].shape == (0, store.row_length)
+    for wrong in ([40], [-1]):
+        with pytest.raises(IndexError):
+            store[wrong]
+    with pytest.raises(TypeError, match="nonzero"):
+        store[np.ones(40, dtype=bool)]
+
+
+def test_rows_cross_chunks(grey_model, processor, tmp_path, monkeypatch, random_images):
+    monkeypatch.setattr("hf_spectral_dp.token_store._ROWS_PER_CHUNK", 16)
+    rows = [{"image": image} for image in random_images]
+    small = build(rows, grey_model, processor, tmp_path / "small", batch_size=7)
+    monkeypatch.undo()
+    large = build(rows, grey_model, processor, tmp_path / "large")
+    assert [len(chunk) for chunk in small._chunks] == [16, 16, 8] and [len(chunk) for chunk in large._chunks] == [40]
+    assert small.fingerprint == large.fingerprint and small.verify()
+    torch.testing.assert_close(small[np.arange(40)], large[np.arange(40)])
+
+
+def test_a_broken_image_costs_one_row(random_images, grey_model, processor, tmp_path, caplog):
+    good = [{"image": encoded(image), "label": 1} for image in random_images]
+    bad = [b"", b"junk", None, good[0]["image"][:60], np.full((4, 4), np.nan), np.zeros((0, 3), np.uint8)]
+    mixed = [*good[:10], *({"image": image, "label": 1} for image in bad), *good[10:]]
+    store = build(mixed, grey_model, processor, tmp_path / "mixed", label_column="label")
+    clean = build(good, grey_model, processor, tmp_path / "clean", label_column="label")
+    assert store.report == {"images": 40, "undecodable": len(bad), "unlabelled": 0}
+    assert store.fingerprint == clean.fingerprint
+    assert "6 of 46 images could not be decoded" in caplog.text
+
+
+def test_five_hundred_hostile_images_never_stop_the_run(random_images, grey_model, processor, tmp_path):
+    """Real files of six formats, cut, overwritten, with bytes inserted or removed."""
+    generator = np.random.default_rng(0)
+    kinds = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+    hostile = []
+    for number in range(500):
+        content = bytearray(encoded(random_images[number % 40], kinds[number % 6]))
+        for _ in range(int(generator.integers(1, 6))):
+            place = int(generator.integers(0, len(content)))
+            match int(generator.integers(0, 4)):
+                case 0:
+                    content = content[: max(place, 1)]
+                case 1:
+                    content[place] = int(generator.integers(0, 256))
+                case 2:
+                    content[place:place] = generator.bytes(8)
+                case 3:
+                    del content[place : place + 8]
+                    content = content or bytearray(b"\0")
+        hostile.append({"image": bytes(content)})
+    hostile.insert(250, {"image": encoded(random_images[0])})
+    store = build(hostile, grey_model, processor, tmp_path / "store")
+    assert sum(store.report[key] for key in ("images", "undecodable")) == 501
+    assert store.report["undecodable"] > 100 and store.verify()
+
+
+def test_not_one_decodable_image_is_an_error_and_leaves_nothing(grey_model, processor, tmp_path):
+    with pytest.raises(ValueError, match="not one image.*2 were tried"):
+        build([{"image": b"junk"}] * 2, grey_model, processor, tmp_path / "store")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_label_gives_the_null_token(random_images, grey_model, processor, tmp_path):
+    labels = [None, -1, 3]
+    rows = [{"image": image, "label": label} for image, label in zip(random_images, labels, strict=False)]
+    store = build(rows, grey_model, processor, tmp_path / "store", label_column="label")
+    null, third = grey_model.config.null_token_id, grey_model.config.class_token_ids[3]
+    assert store[np.arange(3)]["input_ids"][:, 0].tolist() == [null, null, third]
+    assert store.report["unlabelled"] == 2
+
+
+@pytest.mark.parametrize("label", [10, -2, "cat", 1.5])
+def test_a_label_outside_the_classes_is_an_error(random_images, grey_model, processor, tmp_path, label):
+    rows = [{"image": random_images[0], "label": label}]
+    with pytest.raises(ValueError, match="0..9"):
+        build(rows, grey_model, processor, tmp_path / "store", label_column="label")
+    assert list(tmp_path.iterdir()) == []
+
+
+class Unread:
+    """A source that must not be touched."""
+
+    features = datasets.Features(
+        {"image": datasets.Image(), "many": datasets.ClassLabel(num_classes=11), "text": datasets.Value("string")}
+    )
+
+    def __iter__(self):
+        raise AssertionError("data were read")
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"image_column": "img"}, "image_column='img'.*'image'"),
+        ({"label_column": "age"}, "label_column='age'"),
+        ({"label_column": "many"}, "11 classes.*num_classes=10"),
+        ({"label_column": "text"}, "label_column='text' holds text"),
+        ({"batch_size": 0}, "batch_size=0"),
+    ],
+)
+def test_what_cannot_work_fails_before_reading(grey_model, processor, tmp_path, options, named):
+    with pytest.raises(ValueError, match=named):
+        build(Unread(), grey_model, processor, tmp_path / "store", **options)
+
+
+def test_model_and_processor_must_fit(grey_model, colour_model, processor, tmp_path):
+    with pytest.raises(ValueError, match="image_size=8"):
+        build(Unread(), grey_model, SpectralImageProcessor(image_size=8), tmp_path / "store")
+    with pytest.raises(ValueError, match="num_channels=1"):
+        build(Unread(), colour_model, processor, tmp_path / "store")
+    with pytest.raises(ValueError, match="num_classes=0"):
+        colour = SpectralImageProcessor(image_size=16, num_channels=3)
+        build(Unread(), colour_model, colour, tmp_path / "store", label_column="many")
+
+
+def test_a_store_is_never_overwritten_unasked(rows, grey_model, processor, tmp_path):
+    first = build(rows, grey_model, processor, tmp_path / "store")
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        build(Unread(), grey_model, processor, tmp_path / "store")
+    second = build(rows[:5], grey_model, processor, tmp_path / "store", overwrite=True)
+    assert len(first) == 40 and len(second) == 5 and len(TokenStore.load(tmp_path / "store")) == 5
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+    (tmp_path / "other").mkdir()
+    with pytest.raises(FileExistsError, match="choose a new folder"):
+        build(Unread(), grey_model, processor, tmp_path / "other", overwrite=True)
+
+
+def test_an_interrupted_build_leaves_nothing(rows, grey_model, processor, tmp_path):
+    def interrupted():
+        yield from rows[:20]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(interrupted(), grey_model, processor, tmp_path / "store", batch_size=4)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_fingerprint_sees_pixels_labels_and_order(rows, grey_model, processor, tmp_path):
+    variants = [rows, rows[::-1], rows[:39], [{**rows[0], "label": 9}, *rows[1:]]]
+    prints = [
+        build(variant, grey_model, processor, tmp_path / str(i), label_column="label").fingerprint
+        for i, variant in enumerate(variants)
+    ]
+    assert len(set(prints)) == 4
+
+
+def test_the_codec_is_checked(rows, grey_model, processor, tmp_path):
+    store = build(rows, grey_model, processor, tmp_path / "store")
+    store.check_codec(grey_model)
+    other = type(grey_model)(grey_model.config)
+    with pytest.raises(ValueError, match="build the store again"):
+        store.check_codec(other)
+
+
+def test_damage_is_noticed(rows, grey_model, processor, tmp_path):
+    store = build(rows, grey_model, processor, tmp_path / "store")
+    assert store.verify()
+    tokens = tmp_path / "store" / "tokens.arrow"
+    content = bytearray(tokens.read_bytes())
+    content[-100] ^= 1
+    del store
+    tokens.write_bytes(content)
+    assert not TokenStore.load(tmp_path / "store").verify()
+    facts = json.loads((tmp_path / "store" / "store.json").read_text())
+    facts["report"]["images"] = 41
+    (tmp_path / "store" / "store.json").write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match="holds 40 rows, not 41"):
+        TokenStore.load(tmp_path / "store")
+    with pytest.raises(FileNotFoundError, match="build_token_store"):
+        TokenStore.load(tmp_path / "nothing")
+
+
+def test_a_store_travels_to_workers_by_its_path(rows, grey_model, processor, tmp_path):
+    store = build(rows, grey_model, processor, tmp_path / "store")
+    content = pickle.dumps(store)
+    assert len(content) < 500
+    torch.testing.assert_close(pickle.loads(content)[[7]], store[[7]])
+
+
+def test_a_failing_build_does_not_hang_the_exit(tmp_path, random_images):
+    """Even on a stream that `datasets` itself opened and that is left half read by an error."""
+    images = [{"bytes": encoded(image), "path": None} for image in random_images]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    table = datasets.Dataset.from_dict({"image": images * 20, "label": [99] * 800}, features=features)
+    table.to_parquet(tmp_path / "train.parquet", batch_size=50)
+    code = f"""
+import datasets
+from hf_spectral_dp import SpectralConfig, SpectralTokenizerForCausalLM
+from hf_spectral_dp.image_processing_spectral import SpectralImageProcessor
+from hf_spectral_dp.token_store import build_token_store
+model = SpectralTokenizerForCausalLM(SpectralConfig(num_classes=10))
+stream = datasets.load_dataset({str(tmp_path)!r}, split="train", streaming=True)
+build_token_store(stream, model, SpectralImageProcessor(), {str(tmp_path / "store")!r}, label_column="label")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=90)
+    assert done.returncode == 1 and "label 99" in done.stderr, done.stderr

@@ -1,0 +1,259 @@
+"""DPTrainer: the update is what the mechanism says, nothing private is written, a resumed run pays for all steps."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model
+
+from hf_spectral_dp import DPTrainer, DPTrainingArguments
+from hf_spectral_dp.privacy.ledger import LedgerError, read_ledger
+from hf_spectral_dp.trainer import LEDGER
+
+
+class Rows:
+    """Random legal token rows, as a token store gives them."""
+
+    fingerprint = "rows"
+
+    def __init__(self, count: int = 60, seed: int = 0):
+        layout = tiny_model().config.layout
+        generator = torch.Generator().manual_seed(seed)
+        columns = [torch.randint(0, 10, (count,), generator=generator) + layout.codes]
+        for index in layout.scale_of_position:
+            scale = layout.scales[index]
+            columns.append(torch.randint(0, scale.codes, (count,), generator=generator) + scale.first_id)
+        self.rows = torch.stack(columns, 1)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, indices) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.rows[torch.as_tensor(np.asarray(indices), dtype=torch.long)]}
+
+
+def arguments(folder, **changes) -> DPTrainingArguments:
+    chosen = {
+        "target_epsilon": 8.0, "expected_batch_size": 12, "max_steps": 6, "micro_batch_size": 5, "learning_rate": 1e-2,
+        "output_dir": str(folder), "report_to": "none", "use_cpu": True, "disable_tqdm": True, "logging_steps": 2,
+        "save_strategy": "no",
+    }  # fmt: skip
+    return DPTrainingArguments(**{**chosen, **changes})
+
+
+def test_a_run_spends_its_budget_and_reports_it(tmp_path):
+    trainer = DPTrainer(tiny_model(), arguments(tmp_path), Rows())
+    trainer.train()
+    report = trainer.privacy_report()
+    assert 0.99 * 8 < report["guarantee"]["epsilon"] <= 8
+    assert report["guarantee"]["epsilon"] == trainer.plan.epsilon(6) == trainer.epsilon_spent
+    assert report["mechanism"]["charged_steps"] == report["ledger"]["records"] == 6
+    ledger = read_ledger(tmp_path / LEDGER)
+    assert ledger["charged"] == 6 and ledger["head"] == report["ledger"]["head"]
+    json.dumps(report, allow_nan=False)
+
+
+def test_without_noise_the_step_is_the_clipped_mean(tmp_path, monkeypatch):
+    """All rows in every batch, no noise: plain SGD on the mean of gradients clipped one by one."""
+    model, rows = tiny_model(), Rows(9)
+    expected = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for row in rows.rows:
+        model.zero_grad()
+        model.per_example_loss(row[None]).sum().backward()
+        norm = torch.sqrt(sum(p.grad.square().sum() for p in model.parameters() if p.grad is not None))
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                expected[name] -= 0.5 * parameter.grad * min(1.0, 0.3 / float(norm)) / 9
+    model.zero_grad()
+    args = arguments(
+        tmp_path, expected_batch_size=9, max_steps=1, clipping_norm=0.3, optim="sgd", learning_rate=0.5,
+        lr_scheduler_type="constant",
+    )  # fmt: skip
+    trainer = DPTrainer(model, args, rows)
+    monkeypatch.setattr(trainer._noise, "add_", lambda tensors: None)
+    trainer.train()
+    for name, parameter in trainer.model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), expected[name], rtol=0, atol=2e-6)
+
+
+def test_the_noise_has_the_planned_scale(tmp_path):
+    """A learning rate of 1 on no signal (a clipping norm far below the noise) shows the noise itself."""
+    before = tiny_model()
+    args = arguments(tmp_path, max_steps=1, optim="sgd", learning_rate=1.0, lr_scheduler_type="constant")
+    trainer = DPTrainer(tiny_model(), args, Rows())
+    sizes = []
+    original = trainer._noise.add_
+    trainer._noise.add_ = lambda tensors: (sizes.append(1), original(tensors))[1]
+    trainer.train()
+    assert sizes == [1]  # once per step, not per micro-batch
+    moved = torch.cat(
+        [(b - a).flatten() for a, b in zip(before.parameters(), trainer.model.parameters(), strict=True)]
+    ).detach()
+    planned = trainer.plan.noise_multiplier * args.clipping_norm / trainer.plan.expected_batch_size
+    # 5,000 draws give 1 % accuracy; the clipped mean adds at most 1 / sqrt(5,000) of its norm per coordinate.
+    assert float(moved.std()) == pytest.approx(planned, rel=0.06)
+
+
+def test_neither_seed_nor_global_state_fixes_noise_or_batches(tmp_path):
+    weights = []
+    for run in range(2):
+        trainer = DPTrainer(tiny_model(), arguments(tmp_path / str(run), seed=1, data_seed=1), Rows())
+        torch.manual_seed(0)
+        trainer.train()
+        weights.append(trainer.model.lm_head.weight.detach().clone())
+    assert not torch.allclose(weights[0], weights[1])
+
+
+def test_an_empty_batch_is_still_a_noisy_charged_step(tmp_path):
+    args = arguments(tmp_path, expected_batch_size=None, sampling_rate=1e-6, max_steps=3)
+    trainer = DPTrainer(tiny_model(), args, Rows())
+    before = trainer.model.lm_head.weight.detach().clone()
+    trainer.train()
+    assert read_ledger(tmp_path / LEDGER)["charged"] == 3
+    assert not torch.equal(trainer.model.lm_head.weight, before)
+
+
+def test_nothing_private_is_logged_or_stored(tmp_path):
+    trainer = DPTrainer(tiny_model(), arguments(tmp_path, save_strategy="steps", save_steps=3), Rows())
+    output = trainer.train()
+    allowed = {"learning_rate", "epoch", "epsilon", "step", "train_runtime", "train_steps_per_second"}
+    assert all(set(entry) <= allowed for entry in trainer.state.log_history)
+    assert set(output.metrics) <= allowed and np.isnan(output.training_loss)
+    for path in tmp_path.glob("checkpoint-*/trainer_state.json"):
+        text = path.read_text()
+        assert not re.search(r'"(loss|train_loss|grad_norm|eval_loss)"', text)
+        assert json.loads(text)["total_flos"] == 0
+    spent = [entry["epsilon"] for entry in trainer.state.log_history]
+    assert spent == sorted(spent) and spent[-1] == trainer.epsilon_spent
+
+
+def test_a_resumed_run_continues_the_ledger(tmp_path):
+    args = {"save_strategy": "steps", "save_steps": 2, "ema_decay": 0.5}
+    DPTrainer(tiny_model(), arguments(tmp_path, **args), Rows()).train()
+    # As if the machine had died after the fourth step: the charges of steps 5 and 6 stay.
+    trainer = DPTrainer(tiny_model(), arguments(tmp_path, **args), Rows())
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert read_ledger(tmp_path / LEDGER)["charged"] == 6
+    assert trainer.privacy_report()["mechanism"]["charged_steps"] == 6
+    assert trainer.state.global_step == 4  # nothing left to spend
+
+
+def test_an_interrupted_run_reaches_its_end(tmp_path):
+    args = {"save_strategy": "steps", "save_steps": 2}
+    trainer = DPTrainer(tiny_model(), arguments(tmp_path, **args), Rows())
+    charge, calls = trainer._charge, []
+
+    def interrupted():
+        charge()
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+
+    trainer._charge = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    again = DPTrainer(tiny_model(), arguments(tmp_path, **args), Rows())
+    again.train(resume_from_checkpoint=True)
+    # Charged: two saved steps, two lost ones, two more.
+    assert again.state.global_step == 4 and read_ledger(tmp_path / LEDGER)["charged"] == 6
+
+
+def test_a_ledger_is_never_ignored(tmp_path):
+    args = {"save_strategy": "steps", "save_steps": 3}
+    DPTrainer(tiny_model(), arguments(tmp_path, **args), Rows()).train()
+    with pytest.raises(LedgerError, match="exists"):
+        DPTrainer(tiny_model(), arguments(tmp_path, **args), Rows()).train()
+    other = Rows(60, seed=1)
+    other.fingerprint = "other"
+    for dataset, changes in ((other, {}), (Rows(), {"target_epsilon": 9.0}), (Rows(), {"clipping_norm": 2.0})):
+        with pytest.raises(LedgerError):
+            DPTrainer(tiny_model(), arguments(tmp_path, **args, **changes), dataset).train(resume_from_checkpoint=True)
+    (tmp_path / LEDGER).unlink()
+    with pytest.raises(LedgerError, match="missing"):
+        DPTrainer(tiny_model(), arguments(tmp_path, **args), Rows()).train(resume_from_checkpoint=True)
+
+
+def test_interpolation_returns_part_of_the_way_to_the_public_weights(tmp_path):
+    public = tiny_model()
+    trainer = DPTrainer(tiny_model(), arguments(tmp_path, public_interpolation=0.25), Rows())
+    seen = {}
+    follow = trainer._postprocess
+    trainer._postprocess = lambda: (
+        seen.update({name: p.detach().clone() for name, p in trainer.model.named_parameters()}), follow()
+    )  # fmt: skip
+    trainer.train()
+    for (name, after), before in zip(trainer.model.named_parameters(), public.parameters(), strict=True):
+        torch.testing.assert_close(after.detach(), before + 0.25 * (seen[name] - before))
+    assert any("0.25" in line for line in trainer.privacy_report()["post_processing"])
+
+
+def test_average_by_hand(tmp_path):
+    trainer = DPTrainer(tiny_model(), arguments(tmp_path, ema_decay=0.9), Rows())
+    expected = tiny_model().lm_head.weight.detach().clone()
+    follow = trainer._follow
+
+    def both():
+        expected.mul_(0.9).add_(0.1 * trainer.model.lm_head.weight.detach())
+        follow()
+
+    trainer.callback_handler.callbacks[-1]._follow = both
+    trainer.train()
+    torch.testing.assert_close(trainer.model.lm_head.weight.detach(), expected)
+
+
+def test_low_rank_adapters_train_alone_and_merge(tmp_path):
+    trainer = DPTrainer(tiny_model(), arguments(tmp_path, lora_rank=2), Rows())
+    frozen = trainer.model.get_base_model().lm_head.weight.detach().clone()
+    trainer.train()
+    assert all("lora" in name for name in trainer._clipper.parameters)
+    merged = trainer.merged_model()
+    assert torch.equal(merged.lm_head.weight, frozen)
+    before = tiny_model().model.layers[0].self_attn.q_proj.weight
+    assert not torch.allclose(merged.model.layers[0].self_attn.q_proj.weight, before)
+    assert trainer.privacy_report()["training"]["adapter"] == {"type": "lora", "rank": 2}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"target_epsilon": None}, "target_epsilon=None"),
+        ({"target_epsilon": 0.0}, "epsilon=0.0"),
+        ({"sampling_rate": 0.1}, "exactly one"),
+        ({"expected_batch_size": None, "sampling_rate": 1.2}, "sampling_rate=1.2"),
+        ({"clipping_norm": -1.0}, "clipping_norm=-1.0"),
+        ({"micro_batch_size": 0}, "micro_batch_size=0"),
+        ({"ema_decay": 1.0}, "ema_decay=1.0"),
+        ({"public_interpolation": 0.0}, "public_interpolation=0.0"),
+        ({"lora_rank": -1}, "lora_rank=-1"),
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps=2"),
+        ({"eval_strategy": "steps", "eval_steps": 1}, "do_eval=True"),
+        ({"push_to_hub": True}, "push_to_hub=True"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size=True"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1"),
+    ],
+)
+def test_arguments_that_cannot_work_are_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        arguments(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"expected_batch_size": 61}, "expected_batch_size=61 is larger than the data, num_examples=60"),
+        ({"target_delta": 0.1}, "delta=0.1"),
+    ],
+)
+def test_arguments_that_do_not_fit_the_data_are_refused_before_it_is_read(tmp_path, changes, message):
+    rows = Rows()
+    rows.rows = rows.rows[:0]
+    rows.__class__ = type("Unread", (Rows,), {"__len__": lambda self: 60})
+    with pytest.raises(ValueError, match=message):
+        DPTrainer(tiny_model(), arguments(tmp_path, **changes), rows)
+
+
+def test_a_stream_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="cannot be sampled by index"):
+        DPTrainer(tiny_model(), arguments(tmp_path), iter([]))
