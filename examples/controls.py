@@ -1,0 +1,118 @@
+"""A generator beside its controls: what the codec, the public prior and the privacy each cost.
+
+Accuracy on real test images of one fixed classifier, trained on images from different sources. Run by train.py when a
+config has an `evaluation` section. Only the first two figures are free of the private training images; the others are
+computed from them outside of any guarantee, so they are printed for the owner of the data and kept off the card.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from hf_spectral_dp import DPSpectralPipeline
+from hf_spectral_dp.image_sources import decode_image, load_images
+from hf_spectral_dp.metrics.utility import classifier_accuracy
+from hf_spectral_dp.super_resolution import upscale
+from hf_spectral_dp.token_store import TokenStore
+
+Labelled = tuple[Tensor, Tensor]
+
+
+def real_images(section: dict[str, Any], processor: Any) -> Labelled:
+    """All images of a split, cropped as the pipeline crops: (N, C, H, W) in [-1, 1], and labels (N,)."""
+    rows = list(load_images(section["source"], section["split"]))
+    images = [decode_image(row[section.get("image_column", "image")]) for row in rows]
+    labels = torch.tensor([row[section.get("label_column", "label")] for row in rows])
+    return processor.postprocess(processor(images)["pixel_values"], "pt") * 2 - 1, labels
+
+
+def through_codec(pipeline: DPSpectralPipeline, store: TokenStore) -> Labelled:
+    """The private images as well as the tokens and the super-resolution can show them."""
+    rows = store[range(len(store))]["input_ids"]
+    images = pipeline.model.decode(rows[:, 1:])
+    while images.shape[-1] < pipeline.image_processor.image_size:
+        images = upscale(pipeline.super_resolution, images)
+    labels = rows[:, 0] - pipeline.model.config.class_token_ids[0]
+    return pipeline.image_processor.postprocess(images, "pt") * 2 - 1, labels
+
+
+def generated(pipeline: DPSpectralPipeline, model: Any, each: int) -> Labelled:
+    """`each` images per class from `model`, through the rest of `pipeline`."""
+    names = ("guidance_scale", "temperature", "top_k", "top_p")
+    sampling = {name: pipeline.config[name] for name in names}
+    chain = DPSpectralPipeline(model, pipeline.image_processor, pipeline.super_resolution, **sampling)
+    chain.set_progress_bar_config(disable=True)
+    classes = torch.arange(model.config.num_classes)
+    images = chain(classes, each, generator=torch.Generator().manual_seed(0), output_type="pt", batch_size=500).images
+    return images * 2 - 1, classes.repeat_interleave(each)
+
+
+def trained_without_privacy(model: Any, store: TokenStore, epochs: float, folder: Path, use_cpu: bool) -> Any:
+    """The twin: the same model and rows, ordinary training. Never published."""
+    rows = [{"input_ids": row, "labels": row} for row in store[range(len(store))]["input_ids"]]
+    arguments = TrainingArguments(
+        output_dir=str(folder), num_train_epochs=epochs, per_device_train_batch_size=64, learning_rate=5e-4,
+        lr_scheduler_type="cosine", save_strategy="no", logging_strategy="no", report_to="none", use_cpu=use_cpu,
+    )  # fmt: skip
+    Trainer(model=model, args=arguments, train_dataset=rows).train()
+    return model.cpu().eval()
+
+
+def compare(
+    section: dict[str, Any],
+    data: dict[str, Any],
+    pipeline: DPSpectralPipeline,
+    prior: str,
+    store: TokenStore,
+    args: Any,
+) -> list[dict[str, Any]]:
+    """Prints the accuracies and returns the rows that may stand on the card.
+
+    Args:
+        section: the config's `evaluation`; data: the config's `data`.
+        pipeline: the trained pipeline; prior: folder or Hub id of the public model it started from.
+        store: the private token rows; args: the training arguments.
+    """
+    each = section.get("images_per_class", 400)
+    test_images, test_labels = real_images(section, pipeline.image_processor)
+
+    def twin() -> Labelled:
+        model = AutoModelForCausalLM.from_pretrained(prior)
+        folder = Path(args.output_dir).with_name("twin")
+        epochs = section.get("twin_epochs", 15)
+        return generated(pipeline, trained_without_privacy(model, store, epochs, folder, args.use_cpu), each)
+
+    publishable: dict[str, Callable[[], Labelled]] = {
+        f"images generated at epsilon {args.target_epsilon:g}": lambda: generated(pipeline, pipeline.model, each),
+        "floor: images of the public model (epsilon 0)": lambda: generated(
+            pipeline, AutoModelForCausalLM.from_pretrained(prior), each
+        ),
+    }
+    private: dict[str, Callable[[], Labelled]] = {
+        "twin: images of a model trained without privacy": twin,
+        "ceiling: real training images through the codec": lambda: through_codec(pipeline, store),
+        "real training images": lambda: real_images({**section, **data}, pipeline.image_processor),
+    }
+    name = f"{section['source']}, split {section['split']}"
+    print(f"accuracy on {len(test_labels)} real test images ({name}) of a classifier trained on", flush=True)
+    rows = []
+    for title, source in (publishable | private).items():
+        images, labels = source()
+        accuracy = classifier_accuracy(images, labels, test_images, test_labels)
+        mark = "" if title in publishable else "   (computed from private images: do not publish)"
+        print(f"  {title:<50} {accuracy:6.1%}{mark}", flush=True)
+        if title in publishable:
+            rows.append(
+                {
+                    "dataset": name,
+                    "metric": f"accuracy of a classifier trained on {title}",
+                    "value": round(accuracy, 4),
+                    "n": len(test_labels),
+                    "note": f"{len(labels)} training images",
+                }
+            )
+    return rows

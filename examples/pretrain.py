@@ -1,0 +1,133 @@
+"""Trains the causal model on the tokens of PUBLIC images; the result is where private fine-tuning starts.
+
+    python examples/pretrain.py --codec runs/codec --public glyphs --out runs/prior
+    python examples/pretrain.py --codec runs/codec-photos --public path/or/hub-id --out runs/prior-photos
+
+An ordinary `transformers.Trainer` without privacy: never give it the sensitive images. One label in ten is replaced by
+the null token, so that the model also learns to sample without a class (classifier-free guidance needs that).
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoModelForCausalLM, Trainer, TrainingArguments
+
+import hf_spectral_dp  # noqa: F401  (registers the model with the Auto classes)
+from hf_spectral_dp.image_sources import load_images
+from hf_spectral_dp.token_store import build_token_store
+
+CARD = """---
+library_name: hf_spectral_dp
+license: {license}
+tags: [wavelet, image-generation]
+---
+# Public prior: wavelet tokens of {public}
+
+`SpectralTokenizerForCausalLM` with its codec, {parameters:,} parameters, {length} tokens per image. Trained without
+privacy on {images:,} public images ({public}); mean loss over the last steps {loss:.3f} nats per token.
+
+Rebuild:
+
+    python examples/pretrain_codec.py {codec_arguments}
+    python examples/pretrain.py {arguments}
+"""
+
+
+class Tokens(torch.utils.data.Dataset):
+    """Rows of token ids as the Trainer wants them; some labels become the null token, anew each time."""
+
+    def __init__(self, rows: Tensor, null_token: int, dropout: float):
+        self.rows, self.null_token, self.dropout = rows, null_token, dropout
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        row = self.rows[index]
+        if torch.rand(()) < self.dropout:
+            row = torch.cat([row.new_tensor([self.null_token]), row[1:]])
+        return {"input_ids": row, "labels": row}
+
+
+def glyph_rows(count: int, seed: int):
+    from public_glyphs import render_digits
+    from tqdm.auto import tqdm
+
+    for start in tqdm(range(0, count, 1000), desc="drawing", unit="thousand"):
+        images, labels = render_digits(min(1000, count - start), seed + start)
+        yield from ({"image": image, "label": int(label)} for image, label in zip(images, labels, strict=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--codec", required=True, help="folder written by pretrain_codec.py")
+    parser.add_argument("--public", required=True, help="'glyphs' (drawn digits), an image folder, or a Hub id")
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--image_column", default="image")
+    parser.add_argument("--label_column", default=None)
+    parser.add_argument("--images", type=int, default=50_000, help="how many drawn digits")
+    parser.add_argument("--steps", type=int, default=4_000)
+    parser.add_argument("--batch_size", type=int, default=256)
+    parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument("--class_dropout", type=float, default=0.1)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--license", default="apache-2.0")
+    parser.add_argument("--codec_arguments", default="", help="how the codec was made, for the card")
+    parser.add_argument("--out", required=True)
+    arguments = parser.parse_args()
+
+    model = AutoModelForCausalLM.from_pretrained(arguments.codec)
+    processor = AutoImageProcessor.from_pretrained(arguments.codec)
+    glyphs = arguments.public == "glyphs"
+    rows = glyph_rows(arguments.images, arguments.seed) if glyphs else load_images(arguments.public, arguments.split)
+    store = build_token_store(
+        rows,
+        model,
+        processor,
+        Path(arguments.out) / "tokens",
+        image_column=arguments.image_column,
+        label_column="label" if glyphs else arguments.label_column,
+        overwrite=True,
+    )
+    tokens = store[range(len(store))]["input_ids"]
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=arguments.out,
+            max_steps=arguments.steps,
+            per_device_train_batch_size=arguments.batch_size,
+            learning_rate=arguments.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=min(200, arguments.steps // 10),
+            weight_decay=0.01,
+            logging_steps=100,
+            save_strategy="no",
+            report_to="none",
+            seed=arguments.seed,
+        ),
+        train_dataset=Tokens(tokens, model.config.null_token_id, arguments.class_dropout),
+    )
+    trainer.train()
+    model.save_pretrained(arguments.out)
+    processor.save_pretrained(arguments.out)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    options = {key: value for key, value in vars(arguments).items() if value not in (None, "")}
+    codec_arguments = options.pop("codec_arguments", f"--out {arguments.codec} ...")
+    card = CARD.format(
+        public="digits drawn by examples/public_glyphs.py" if glyphs else arguments.public,
+        license=arguments.license,
+        parameters=model.num_parameters(),
+        length=model.config.layout.length,
+        images=len(store),
+        loss=sum(losses[-3:]) / len(losses[-3:]) if losses else float("nan"),
+        codec_arguments=codec_arguments,
+        arguments=" ".join(f"--{key} {value}" for key, value in options.items()),
+    )
+    Path(arguments.out, "README.md").write_text(card, encoding="utf-8")
+    print(f"saved to {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()

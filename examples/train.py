@@ -1,0 +1,152 @@
+"""The main job: one YAML file in, a differentially private image generator with its privacy card out.
+
+    accelerate launch examples/train.py --config examples/configs/demo.yaml
+
+Streams the images once into token rows, fine-tunes the public model on them with `DPTrainer`, chains it with a public
+super-resolution model, and writes to the config's `output` folder:
+
+    pipeline/    a DPSpectralPipeline with privacy.json, README.md (the card) and samples.png: this may be published
+    tokens/      the token rows, as private as the images
+    training/    checkpoints and the privacy ledger; keep them together and private
+
+With an `evaluation` section it also prints the accuracy on real test images of a classifier trained on the generated
+ones, beside its controls. All sections and fields are explained in examples/configs/demo.yaml.
+"""
+
+import argparse
+import importlib.resources
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import PartialState
+from controls import compare
+from generate import image_grid
+from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageToImage
+
+from hf_spectral_dp import DPSpectralPipeline, DPTrainer, DPTrainingArguments, PrivacyCard
+from hf_spectral_dp.image_sources import load_images
+from hf_spectral_dp.token_store import TokenStore, build_token_store
+
+COLUMNS = {"source", "split", "image_column", "label_column"}
+FIELDS = {
+    "data": COLUMNS | {"config_name", "revision", "num_examples", "description"},
+    "model": {"prior", "prior_source", "super_resolution", "super_resolution_source"},
+    "training": set(DPTrainingArguments.__dataclass_fields__) - {"output_dir"},
+    "sampling": {"guidance_scale", "temperature", "top_k", "top_p"},
+    "card": {"license", "hyperparameter_tuning", "outside_guarantee"},
+    "evaluation": COLUMNS | {"images_per_class", "twin_epochs"},
+}
+REQUIRED = {
+    "data": {"source", "split"},
+    "model": {"prior", "prior_source", "super_resolution", "super_resolution_source"},
+    "training": {"target_epsilon"},
+    "card": {"hyperparameter_tuning"},
+}
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The YAML file; unknown and missing sections and fields are refused by name."""
+    config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    if unknown := set(config) - set(FIELDS) - {"output"}:
+        raise ValueError(f"{path}: unknown sections {sorted(unknown)}; the known ones are output, {', '.join(FIELDS)}.")
+    for section, fields in FIELDS.items():
+        given = set(config.setdefault(section, {}))
+        if unknown := given - fields:
+            raise ValueError(f"{path}: {section} has unknown fields {sorted(unknown)}; it knows {sorted(fields)}.")
+        if missing := REQUIRED.get(section, set()) - given:
+            raise ValueError(f"{path}: {section} lacks {sorted(missing)}; examples/configs/demo.yaml explains them.")
+    return config
+
+
+def located(name: str) -> str:
+    """Where a model lies: "bundled:<name>" is a checkpoint inside the package; all else is a folder or a Hub id."""
+    if not name.startswith("bundled:"):
+        return name
+    return str(importlib.resources.files("hf_spectral_dp") / "checkpoints" / name.removeprefix("bundled:"))
+
+
+def tokenise(config: dict[str, Any], model: Any, processor: Any, folder: Path) -> TokenStore:
+    """The token rows: made once by the first process of the machine, opened by the others and by resumed runs."""
+    data = config["data"]
+    options = {name: data[name] for name in ("config_name", "revision") if name in data}
+    with PartialState().local_main_process_first():
+        if not folder.exists():
+            images = load_images(data["source"], data["split"], **options)
+            columns = {"image_column": data.get("image_column", "image"), "label_column": data.get("label_column")}
+            build_token_store(images, model, processor, folder, **columns)
+    store = TokenStore.load(folder)
+    store.check_codec(model)
+    return store
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="YAML file; examples/configs/demo.yaml explains every field")
+    parser.add_argument("--output", help="instead of the config's output folder")
+    parser.add_argument("--target_epsilon", type=float, help="instead of the config's training.target_epsilon")
+    parser.add_argument("--lora_rank", type=int, help="train LoRA adapters of this rank only (0: all weights)")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint and its ledger")
+    arguments = parser.parse_args()
+
+    # 1. Everything that can be refused is refused here, before any image is read.
+    config = read_config(arguments.config)
+    output = Path(arguments.output or config.get("output", "runs/latest"))
+    if output.exists() and not arguments.resume:
+        raise SystemExit(f"output={str(output)!r} exists; pass --resume to go on, or choose another --output.")
+    for name in ("target_epsilon", "lora_rank"):
+        if getattr(arguments, name) is not None:
+            config["training"][name] = getattr(arguments, name)
+    args = DPTrainingArguments(**{"report_to": "none", **config["training"]}, output_dir=str(output / "training"))
+    data = config["data"]
+    if "num_examples" in data:
+        plan = args.plan(data["num_examples"])
+        print(f"plan: {plan.steps} steps, sampling rate {plan.sampling_rate:g}, noise {plan.noise_multiplier:g},"
+              f" epsilon {plan.epsilon():.4f} at delta {plan.delta:.3g}")  # fmt: skip
+    prior = located(config["model"]["prior"])
+    model, processor = AutoModelForCausalLM.from_pretrained(prior), AutoImageProcessor.from_pretrained(prior)
+    network = config["model"]["super_resolution"]  # ours, Swin2SR or their kind; none where the tokens need none
+    detail = AutoModelForImageToImage.from_pretrained(located(network)) if network else None
+    DPSpectralPipeline(model, processor, detail, **config["sampling"])
+
+    # 2. Images to tokens, tokens to a private model.
+    store = tokenise(config, model, processor, output / "tokens")
+    trainer = DPTrainer(model, args, store)
+    trainer.train(resume_from_checkpoint=arguments.resume or None)
+    if not trainer.is_world_process_zero():
+        return
+
+    # 3. The pipeline with samples of a fixed seed, not picked by hand.
+    pipeline = DPSpectralPipeline(trainer.merged_model().cpu().eval(), processor, detail, **config["sampling"])
+    folder = output / "pipeline"
+    pipeline.save_pretrained(folder)
+    classes = torch.arange(model.config.num_classes).repeat(8) if model.config.num_classes else None
+    generator = torch.Generator().manual_seed(0)
+    images = pipeline(classes, 1 if classes is not None else 64, generator=generator).images
+    image_grid(images, columns=model.config.num_classes or 8).save(folder / "samples.png")
+
+    # 4. The card, from the run itself.
+    evaluation = compare(config["evaluation"], data, pipeline, prior, store, args) if config["evaluation"] else []
+    models = config["model"]
+    report = {
+        **trainer.privacy_report(),
+        "data": {"name": data["source"], "split": data["split"], "description": data.get("description", "")},
+        "public_components": [
+            {"role": "codec and prior", "source": models["prior_source"]},
+            {"role": "super-resolution", "source": models["super_resolution_source"]},
+        ],
+        "hyperparameter_tuning": config["card"]["hyperparameter_tuning"],
+        "outside_guarantee": config["card"].get("outside_guarantee", []),
+        "evaluation": evaluation,
+    }
+    card = PrivacyCard(report)
+    card.save(folder, license=config["card"].get("license", "other"))
+    print(f"epsilon spent  {trainer.epsilon_spent:.4f} at delta {trainer.plan.delta:.3g}, unit: one image")
+    print(f"pipeline       {folder}")
+    print(f"card           {folder / 'README.md'}  (check it: hf-spectral-dp verify {folder})")
+    print(f"samples        {folder / 'samples.png'}")
+
+
+if __name__ == "__main__":
+    main()
