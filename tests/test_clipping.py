@@ -1,5 +1,7 @@
 """Per-example clipping against an explicit loop over examples, for every kind of layer, in every way of running."""
 
+import gc
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from hf_spectral_dp.privacy.bookkeeping import Book, Notes
 from hf_spectral_dp.privacy.clipping import PerExampleClipper
 
 
@@ -229,6 +232,20 @@ def test_nothing_is_stale_after_a_module_is_skipped():
     sums = clipper.take()
     assert torch.equal(sums["1.weight"], torch.zeros(1, 3))
     assert sums["0.weight"].abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_nothing_of_a_pass_stays_in_memory(name):
+    model = MODELS[name]()
+    clipper = PerExampleClipper(model, 1.0)
+    ids = token_rows(3, 6)
+    gc.collect()
+    gc.disable()
+    try:
+        clipper.add(lambda: losses_of(model, ids), 3)
+        assert not any(isinstance(thing, (Book, Notes)) for thing in gc.get_objects())
+    finally:
+        gc.enable()
 
 
 def test_no_examples_no_forward_and_a_sum_of_zeros():

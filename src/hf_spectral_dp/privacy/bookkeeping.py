@@ -98,7 +98,8 @@ class _Affine(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         module, book = ctx.module, ctx.book
         if module.weight.requires_grad:
-            book.note_affine(module.weight, x, g, ctx.transposed)
+            # Detached: a noted input would keep the graph alive, whose nodes keep the book, which keeps the notes.
+            book.note_affine(module.weight, x.detach(), g, ctx.transposed)
         if module.bias is not None and module.bias.requires_grad:
             book.note_dense(module.bias, g)
         needed = ctx.needs_input_grad[0]
