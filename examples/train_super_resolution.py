@@ -147,7 +147,7 @@ def main() -> None:
         psnr=psnr(model),
         bicubic=psnr("bicubic"),
         nearest=psnr("nearest"),
-        command=f"python examples/train_super_resolution.py {options} --out {Path(arguments.out).name}",
+        command=f"python examples/train_super_resolution.py {options} --out {arguments.out}",
     )
     Path(arguments.out, "README.md").write_text(card, encoding="utf-8")
     print(f"PSNR {psnr(model):.2f} dB, bicubic {psnr('bicubic'):.2f} dB; saved to {arguments.out}")
