@@ -6,7 +6,7 @@ import pytest
 import pywt
 import torch
 
-from hf_spectral_dp.wavelets import Detail, Subbands, check_wavelet, dwt2, idwt2
+from hf_spectral_dp.wavelets import Detail, Subbands, approximation, check_wavelet, dwt2, idwt2
 
 torch.set_num_threads(1)
 
@@ -87,6 +87,14 @@ def test_gradient_is_the_inverse_transform(wavelet):
     low = random_images((2, 1, 2, 2), torch.float64).requires_grad_()
     details = dwt2(images.detach(), 2, wavelet).details
     assert torch.autograd.gradcheck(lambda x: idwt2(Subbands(x, details, wavelet)), low)
+
+
+@pytest.mark.parametrize("wavelet", ["haar", "db3"])
+def test_the_approximation_alone_is_the_same(wavelet):
+    images = random_images((2, 3, 16, 24))
+    assert approximation(images, 0) is images
+    for levels in (1, 2, 3):
+        assert torch.allclose(approximation(images, levels, wavelet), dwt2(images, levels, wavelet).approximation)
 
 
 def test_fewer_details_give_the_coarser_band():

@@ -74,17 +74,7 @@ def _matrix(wavelet: str, side: int, like: Tensor) -> Tensor:
     return torch.as_tensor(_analysis_matrix(wavelet, side), dtype=like.dtype, device=like.device)
 
 
-def dwt2(images: Tensor, levels: int, wavelet: str = "haar") -> Subbands:
-    """Decomposes images into wavelet subbands. Energy is preserved (orthonormal).
-
-    Args:
-        images: (batch, channels, H, W), floating point; H and W divisible by 2**levels.
-        levels: number of decompositions, at least 1.
-        wavelet: any orthogonal PyWavelets filter ("haar", "db2", "sym4", ...).
-
-    Raises:
-        ValueError: unknown or non-orthogonal filter, `levels` < 1, wrong rank, or a side not divisible by 2**levels.
-    """
+def _check(images: Tensor, levels: int, wavelet: str) -> None:
     check_wavelet(wavelet)
     if levels < 1:
         raise ValueError(f"levels={levels} must be at least 1.")
@@ -98,6 +88,20 @@ def dwt2(images: Tensor, levels: int, wavelet: str = "haar") -> Subbands:
             f"image sides {height}x{width} are not divisible by 2**levels={2**levels};"
             " pad the image or use fewer levels."
         )
+
+
+def dwt2(images: Tensor, levels: int, wavelet: str = "haar") -> Subbands:
+    """Decomposes images into wavelet subbands. Energy is preserved (orthonormal).
+
+    Args:
+        images: (batch, channels, H, W), floating point; H and W divisible by 2**levels.
+        levels: number of decompositions, at least 1.
+        wavelet: any orthogonal PyWavelets filter ("haar", "db2", "sym4", ...).
+
+    Raises:
+        ValueError: unknown or non-orthogonal filter, `levels` < 1, wrong rank, or a side not divisible by 2**levels.
+    """
+    _check(images, levels, wavelet)
     details: list[Detail] = []
     low = images
     for _ in range(levels):
@@ -108,6 +112,18 @@ def dwt2(images: Tensor, levels: int, wavelet: str = "haar") -> Subbands:
         )
         low = bands[..., :rows, :columns]
     return Subbands(low, tuple(reversed(details)), wavelet)
+
+
+def approximation(images: Tensor, levels: int, wavelet: str = "haar") -> Tensor:
+    """The coarsest LL band alone: `dwt2(images, levels, wavelet).approximation` without the work for the details.
+
+    Args and errors are those of `dwt2`; levels may be 0, which returns the images.
+    """
+    _check(images, max(levels, 1), wavelet)
+    for _ in range(levels):
+        rows, columns = (_matrix(wavelet, side, images)[: side // 2] for side in images.shape[-2:])
+        images = rows @ images @ columns.T
+    return images
 
 
 def idwt2(subbands: Subbands) -> Tensor:
