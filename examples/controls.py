@@ -1,7 +1,7 @@
 """A generator beside its controls: what the codec, the public prior and the privacy each cost.
 
 Accuracy on real test images of a fixed kind of classifier, trained on images from different sources. Run by train.py
-when a config has an `evaluation` section. Only the first two figures are free of the private training images; the others
+when a config has an `evaluation` section. Only the first two figures are free of the private training images; the rest
 are computed from them outside of any guarantee, so they are printed for the owner of the data and kept off the card.
 """
 

@@ -1,0 +1,59 @@
+"""The checkpoints inside the package: small, safe to load, with a card that says how to rebuild them, and trained."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageToImage
+
+import hf_spectral_dp
+from hf_spectral_dp.super_resolution import upscale
+
+FOLDER = Path(hf_spectral_dp.__file__).parent / "checkpoints"
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+
+from public_glyphs import render_digits  # noqa: E402
+
+ALLOWED = {"model.safetensors", "config.json", "generation_config.json", "preprocessor_config.json", "README.md"}
+
+
+def checkpoints() -> list[Path]:
+    return sorted(path for path in FOLDER.iterdir() if path.is_dir())
+
+
+def test_they_are_small_and_hold_nothing_but_weights_configs_and_a_card():
+    files = [path for folder in checkpoints() for path in folder.rglob("*")]
+    assert sum(path.stat().st_size for path in files) <= 10 * 2**20
+    assert {path.name for path in files} <= ALLOWED
+
+
+@pytest.mark.parametrize("folder", checkpoints(), ids=lambda folder: folder.name)
+def test_their_cards_name_the_public_source_and_the_scripts_that_rebuild_them(folder):
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    commands = [line.strip(" *`") for line in card.splitlines() if "python examples/" in line]
+    scripts = [command.split("python ")[1].split()[0] for command in commands]
+    assert scripts and all((ROOT / script).is_file() for script in scripts)
+    assert "examples/public_glyphs.py" in card and "license: apache-2.0" in card
+    assert f"--out runs/{folder.name}" in commands[-1]
+
+
+def test_the_digits_are_trained():
+    images, labels = render_digits(60, seed=987_654)  # no image of the training seeds
+    processor = AutoImageProcessor.from_pretrained(FOLDER / "digits")
+    model = AutoModelForCausalLM.from_pretrained(FOLDER / "digits").eval()
+    pixels = processor(list(images))["pixel_values"]
+    tokens = model.codec.encode(pixels)
+    low = torch.nn.functional.avg_pool2d(pixels, 2)
+    assert (model.decode(tokens) - low).square().mean() < 0.1 * (low - low.mean()).square().mean()
+    rows = torch.cat([model.start_tokens(torch.from_numpy(labels))[:, None], tokens], 1)
+    wrong = torch.cat([model.start_tokens(torch.from_numpy((labels + 1) % 10))[:, None], tokens], 1)
+    with torch.no_grad():
+        loss, other = model.per_example_loss(rows), model.per_example_loss(wrong)
+    assert loss.mean() < 2.5  # a uniform guess costs 5.6 to 6.2 nats per token
+    assert (loss < other).float().mean() > 0.9  # and it knows the classes
+    network = AutoModelForImageToImage.from_pretrained(FOLDER / "digits-super-resolution")
+    detailed = upscale(network, low)
+    plain = torch.nn.functional.interpolate(low, scale_factor=2, mode="bicubic")
+    assert (detailed - pixels).square().mean() < 0.5 * (plain - pixels).square().mean()
