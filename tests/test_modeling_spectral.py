@@ -377,6 +377,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant, adapted)
         model.model.layers[0].self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+            with pytest.raises(ValueError, match=r"call model.eval\(\) before sampling"):
+                model.sample(num_samples=1)
         if adapted:
             model.enable_input_require_grads()
             torch.manual_seed(0)

@@ -152,7 +152,8 @@ class SpectralTokenizerForCausalLM(PreTrainedModel, GenerationMixin):
             LongTensor (B, num_tokens), for `decode`.
 
         Raises:
-            ValueError: a value out of range, or guidance without class labels.
+            ValueError: a value out of range, guidance without class labels, or a model that trains with
+                gradient checkpointing.
         """
         length = self.config.layout.length if num_tokens is None else num_tokens
         if not 0 <= length <= self.config.layout.length:
@@ -164,6 +165,8 @@ class SpectralTokenizerForCausalLM(PreTrainedModel, GenerationMixin):
                 f"guidance_scale={guidance_scale} must be finite and needs class_labels; use 1.0 to sample without"
                 " condition."
             )
+        if self.training and self.is_gradient_checkpointing:  # it drops the key-value cache: each token would be blind
+            raise ValueError("the model trains with gradient checkpointing; call model.eval() before sampling.")
         current = self.start_tokens(class_labels, num_samples)
         batch, guided = current.shape[0], guidance_scale != 1.0
         if guided:
