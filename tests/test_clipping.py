@@ -85,8 +85,7 @@ def test_equals_the_loop_in_double_precision(name, length):
     ours = clipper.per_example_norms(lambda: losses_of(model, ids), 5)
     torch.testing.assert_close(ours, norms.detach(), rtol=1e-10, atol=0)
     clipper.add(lambda: losses_of(model, ids), 5)
-    # The shrinking by 1e-6 applies below and above the clipping norm alike.
-    assert relative_error(clipper.take(), {name: value * (1 - 1e-6) for name, value in sums.items()}) < 1e-10
+    assert relative_error(clipper.take(), sums) < 1e-10
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -148,7 +147,7 @@ def test_every_share_stays_below_the_clipping_norm():
         ids = token_rows(1, 9, seed)
         clipper.add(lambda ids=ids: losses_of(model, ids) * 1e4, 1)
         norm = float(torch.sqrt(sum(value.double().square().sum() for value in clipper.take().values())))
-        assert 0.0099 < norm <= 0.01
+        assert 0.0099 < norm <= clipper.sensitivity == 0.01 * (1 + 1e-5)
 
 
 class Poisoned(nn.Module):
@@ -190,7 +189,7 @@ def test_adding_one_example_moves_the_sum_by_at_most_the_clipping_norm(length):
         clipper.add(lambda x=x: model.losses(x[1:]), len(x) - 1)
         less = clipper.take()
         moved = torch.sqrt(sum((whole[name].double() - less[name].double()).square().sum() for name in whole))
-        assert moved <= 0.7 * (1 + 1e-5)
+        assert moved <= clipper.sensitivity
 
 
 def test_a_layer_used_twice_and_at_two_lengths():

@@ -88,7 +88,7 @@ class DPTrainer(Trainer):
         )
         self._public = {name: parameter.detach().clone() for name, parameter in self._clipper.parameters.items()}
         self._average = {name: value.float().clone() for name, value in self._public.items()} if args.ema_decay else {}
-        self._noise = GaussianNoise(self.plan.noise_multiplier * args.clipping_norm)
+        self._noise = GaussianNoise(self.plan.noise_multiplier * self._clipper.sensitivity)
         self._ledger: PrivacyLedger | None = None  # held by the first process only
         self._charged = 0
         self._head = ""

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from .bookkeeping import Notes, Recorder, _precise
 
+# Relative rounding that the sensitivity allows for: half of it for the norms, half for the weighted sum.
+_SLACK = 1e-5
+
 
 class PerExampleClipper:
     """Adds up clipped per-example gradients of a model over micro-batches.
@@ -22,8 +25,9 @@ class PerExampleClipper:
     Formal guarantee: `take()` returns a sum over examples of vectors of norm at most C (1 + 1e-5) each, one vector per
     example, which depends on that example and the parameters alone. Adding or removing one example therefore moves
     the sum by at most C (1 + 1e-5), however the examples are split into micro-batches. An example whose gradient or
-    loss is not finite counts exactly zero. Norms that are found through inner products (ghost norms) are increased by
-    their largest rounding error, so rounding can only clip more.
+    loss is not finite counts exactly zero. `sensitivity` is that bound, C (1 + 1e-5): scale the noise by it. Norms that
+    are found through inner products (ghost norms) are increased where cancellation could have made them too small
+    by more than this slack; everywhere else the sums equal an explicit loop's up to float rounding.
 
     Example:
         >>> layer = nn.Linear(2, 1, bias=False)
@@ -47,6 +51,11 @@ class PerExampleClipper:
         self._sums: dict[str, Tensor] = {}
 
     @property
+    def sensitivity(self) -> float:
+        """The most, in Euclidean norm, by which adding or removing one example moves the sum: C (1 + 1e-5)."""
+        return self.clipping_norm * (1 + _SLACK)
+
+    @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """The trainable parameters by name; tied ones once."""
         return self._recorder.parameters
@@ -68,8 +77,7 @@ class PerExampleClipper:
             return
         with torch.no_grad():
             norms = _norms(notes)
-            # Shrunk by 1e-6, above all rounding of the sum, so that the true norm of every share stays below C.
-            coefficients = self.clipping_norm * (1 - 1e-6) / norms.clamp_min(self.clipping_norm)
+            coefficients = self.clipping_norm / norms.clamp_min(self.clipping_norm)
             coefficients = torch.where(norms.isfinite(), coefficients, torch.zeros_like(coefficients))
             for name, each in notes:
                 if name not in self._sums:
@@ -152,10 +160,12 @@ def _squared_norms(notes: Notes) -> Tensor:
 
 
 def _inner(first: Tensor, second: Tensor) -> Tensor:
-    """Sum of products over the last two dimensions, plus the most that rounding can have taken from it."""
+    """Sum of products over the last two dimensions, plus what rounding may have taken from it beyond the slack."""
     products = first * second
-    rounding = 4 * torch.finfo(products.dtype).eps
-    return products.sum((1, 2)) + rounding * products.abs().sum((1, 2))
+    total = products.sum((1, 2))
+    rounding = 4 * torch.finfo(products.dtype).eps * products.abs().sum((1, 2))
+    # A square's relative error is twice the norm's: the whole slack here is half of it there.
+    return total + (rounding - _SLACK * total.clamp_min(0)).clamp_min(0)
 
 
 def _add_weighted(total: Tensor, notes: Notes, coefficients: Tensor) -> None:
@@ -170,9 +180,10 @@ def _add_weighted(total: Tensor, notes: Notes, coefficients: Tensor) -> None:
     if notes.dense is not None:
         total += torch.tensordot(coefficients.to(notes.dense.dtype), cleaned(notes.dense), dims=1)
     if notes.affine:
-        a, g = _joined(notes.affine)
-        weighted = cleaned(g) * coefficients.to(g.dtype)[:, None, None]
-        total.addmm_(weighted.flatten(0, 1).T, _precise(cleaned(a)).flatten(0, 1))
+        a, g = (cleaned(_precise(each)) for each in _joined(notes.affine))
+        weights = coefficients.to(g.dtype)[:, None, None]
+        a, g = (a * weights, g) if a.shape[-1] < g.shape[-1] else (a, g * weights)  # the smaller is copied
+        total.addmm_(g.flatten(0, 1).T, a.flatten(0, 1))
     if notes.lookups:
         ids, g = _joined(notes.lookups)
         weighted = cleaned(g) * coefficients.to(g.dtype)[:, None, None]
