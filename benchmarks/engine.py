@@ -51,7 +51,7 @@ def build(d: int, tied: bool, adapter: str, layers: int, device: str) -> nn.Modu
 
 def losses_of(model: Callable, rows: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean negative log-likelihood per row (B, T + 1)."""
-    logits = model(input_ids=rows[:, :-1], attention_mask=mask).logits
+    logits = model(input_ids=rows[:, :-1].contiguous(), attention_mask=mask).logits
     targets = rows[:, 1:]
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     return losses.view(targets.shape).mean(1)
@@ -98,9 +98,11 @@ def loop(model: nn.Module) -> Callable[[Tensor], Sums]:
         for row in rows.split(1):
             losses_of(model, row).sum().backward()
             each = gradients_of(parameters)
-            norm = torch.stack([g.norm() for g in each.values()]).norm()
+            # Row by row: one float32 sum over a whole matrix is wrong by a few millionths.
+            squares = [torch.linalg.vector_norm(g, dim=-1).double().square().sum() for g in each.values()]
+            coefficient = CLIPPING_NORM / max(CLIPPING_NORM, float(torch.stack(squares).sum().sqrt()))
             for name, g in each.items():
-                sums[name].add_(g, alpha=float(CLIPPING_NORM / norm.clamp_min(CLIPPING_NORM)))
+                sums[name].add_(g, alpha=coefficient)
         return sums
 
     return step
@@ -213,7 +215,7 @@ def peak_during(action: Callable[[], object], device: str) -> int:
     return int(status.split("VmHWM:")[1].split()[0]) * 1024 - before
 
 
-def measure(case: dict, rounds: int, layers: int, tokens: int, device: str) -> list[dict]:
+def measure(case: dict, rounds: int, layers: int, tokens: int, device: str, patience: float) -> list[dict]:
     """One row per method that can run the case."""
     reference = build(case["d"], case["tied"], case["adapter"], layers, device)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in reference.parameters())
@@ -239,8 +241,10 @@ def measure(case: dict, rounds: int, layers: int, tokens: int, device: str) -> l
             )
     assert len(names) == len(expected)
     seconds: dict[str, list[float]] = {method: [] for method in steps}
-    for _ in range(rounds):
+    for number in range(rounds):
         for method, step in steps.items():
+            if number >= 3 and method not in ("non-private", "ours") and sum(seconds[method]) > patience:
+                continue  # three rounds show how slow a slow rival is
             start = time.perf_counter()
             step(rows)
             if device == "cuda":
@@ -251,7 +255,7 @@ def measure(case: dict, rounds: int, layers: int, tokens: int, device: str) -> l
         if method in failures:
             results.append({**case, "method": method, "cannot_run": failures[method]})
             continue
-        ratios = sorted(a / b for a, b in zip(seconds[method], seconds["non-private"], strict=True))
+        ratios = sorted(a / b for a, b in zip(seconds[method], seconds["non-private"], strict=False))
         row = {
             **case,
             "method": method,
@@ -261,6 +265,7 @@ def measure(case: dict, rounds: int, layers: int, tokens: int, device: str) -> l
             "memory_ratio": round(peaks[method] / peaks["non-private"], 3),
             "seconds": round(statistics.median(seconds[method]), 4),
             "batch": len(rows),
+            "rounds": len(ratios),
         }
         if method in errors:
             row["max_relative_error"] = float(f"{errors[method]:.2e}")
@@ -286,10 +291,10 @@ def main() -> None:
     parser.add_argument("--out", help="file for the JSON report")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
-    tokens, layers, rounds = (1024, 2, 5) if arguments.quick else (4096, 4, 7)
+    tokens, layers, rounds, patience = (2048, 2, 9, 0.8) if arguments.quick else (4096, 4, 9, 15.0)
     rows = []
     for case in cases(arguments.quick, arguments.device):
-        rows += measure(case, rounds, layers, tokens, arguments.device)
+        rows += measure(case, rounds, layers, tokens, arguments.device, patience)
         print(*rows[-len(METHODS) :], sep="\n", flush=True) if not arguments.quick else None
     options = " --quick" * arguments.quick + " --device cuda" * (arguments.device == "cuda")
     write_report("python -m benchmarks.engine" + options, rows, arguments.out)

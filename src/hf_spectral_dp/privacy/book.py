@@ -1,0 +1,319 @@
+"""Per-example gradients, kept as what they are made of: their norms and weighted sums without ever listing them all.
+
+The gradient of a weight W of y = W a for one example is the sum over its T positions of g a^T. The pairs (a, g) say
+everything about it: its squared norm is <a a^T, g g^T> over T x T matrices ("ghost norm", Li et al., arXiv:2110.05679),
+and a weighted sum over examples is one ordinary matrix product ("book-keeping", Bu et al., arXiv:2210.00038). Where the
+gradient itself is cheaper than the T x T matrices it is made at once instead ("instantiated"); see `Book.instantiates`.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# What keeping one float of an instantiated gradient costs, in floating-point operations: its memory is claimed, it is
+# written, read for its norm and read again for the sum. Measured on CPUs, where fresh pages cost the most: 150 to 250.
+# A GPU in half precision: 12 bytes at 3 TB/s against 800 TFLOP/s.
+_FLOPS_PER_FLOAT = {"cpu": 200}
+_FLOPS_PER_FLOAT_ELSEWHERE = 2000
+
+# Relative rounding that the sensitivity allows for: half of it for the norms, half for the weighted sum.
+SLACK = 1e-5
+
+
+def precise(tensor: Tensor) -> Tensor:
+    """At least float32: norms, products and sums of gradients are never taken in half precision."""
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+class Book:
+    """Notes of one backward pass over `batch_size` examples, by parameter.
+
+    Args:
+        batch_size: B, examples in the pass.
+        tied: embedding tables that are also the weight of a linear layer: they need their pairs, for the cross term.
+        memory_budget: bytes by which instantiated gradients may exceed what the pairs would take.
+    """
+
+    def __init__(self, batch_size: int, tied: frozenset[nn.Parameter] = frozenset(), memory_budget: float = 0):
+        self.batch_size = batch_size
+        self.last_read: Any = None  # for the layers that record: what the last one of them read
+        self.shares_inputs = True
+        self.unfinished: set[Any] = set()  # inputs of which some reader has not sent its gradient back
+        self._tied = tied
+        self._left = memory_budget
+        self._dense: dict[nn.Parameter, Tensor] = {}  # (B, *shape): gradients themselves
+        self._affine: dict[nn.Parameter, list[tuple[tuple, Tensor]]] = {}  # key of a (B, T, d), and g (B, T, p)
+        self._lookups: dict[nn.Parameter, list[tuple[Tensor, Tensor]]] = {}  # ids (B, T), g (B, T, d)
+        self._summed: dict[nn.Parameter, tuple[Tensor, Tensor, Tensor]] = {}
+        self._inputs: dict[tuple, Tensor] = {}  # query, key and value projections share their input: it counts once
+        self._open: tuple[tuple, list[Tensor]] | None = None  # key of an input, sum of g g^T over its uses so far
+        # (B,) each, to be counted twice and once: what squared norms are made of, and of which sizes that was added up
+        self._squares: tuple[list[Tensor], list[Tensor]] = ([], [])
+        self._sizes: tuple[list[Tensor], list[Tensor]] = ([], [])
+        self._eps = 0.0  # of the type that it was added up in
+
+    # -- during the backward pass --------------------------------------------------------------------------------
+
+    def rows(self, tensor: Tensor, name: str) -> Tensor:
+        """`tensor` with one leading row per example; a row for all is repeated, so that each gets its own gradient."""
+        if tensor.ndim and tensor.shape[0] == self.batch_size:
+            return tensor
+        if tensor.ndim and tensor.shape[0] == 1:
+            return tensor.expand(self.batch_size, *tensor.shape[1:])
+        raise ValueError(
+            f"{name} received shape {tuple(tensor.shape)} in a batch of {self.batch_size} examples; per-example"
+            " gradients need the first dimension to be the example. Keep examples apart, or freeze this module."
+        )
+
+    def note_affine(self, weight: nn.Parameter, inputs: Tensor, gradients: Tensor, transposed: bool = False) -> None:
+        """One use of a weight (p, d), or (d, p) if `transposed`, on inputs (B, ..., d) with output gradients."""
+        a, g = (x.reshape(self.batch_size, -1, x.shape[-1]) for x in (inputs, gradients))
+        if transposed:  # y = a W: the gradient is a^T g, the same sum with the roles exchanged
+            a, g = g, a
+        if weight not in self._tied and (weight in self._dense or self.instantiates(a, g)):
+            self._add_dense(weight, _instantiated(precise(a), precise(g)))
+        else:
+            # What is noted is alive, so the same place in memory is the same tensor.
+            key = (a.data_ptr(), a.shape, a.stride(), a.dtype)
+            self._inputs.setdefault(key, a)
+            self._affine.setdefault(weight, []).append((key, g))
+            if self._open is None or self._open[0] != key:
+                self._close()
+                self._open = key, []
+            _add_gram(self._open[1], g)  # now, while g is in the cache
+
+    def instantiates(self, a: Tensor, g: Tensor) -> bool:
+        """Whether to keep per-example gradients (B, p, d) instead of the pairs a (B, T, d), g (B, T, p).
+
+        The rule. Time: the ghost norm costs 2 T^2 (p + d) operations more than ordinary training, the instantiated
+        gradient costs no operation more but moves p d floats to memory and back; the cheaper is taken. Memory: an
+        instantiated gradient may be larger than the pairs, p d against T (p + d) numbers, as long as the excess fits
+        in what is left of the memory budget of this pass; the layers nearest to the loss are served first.
+        """
+        (batch, T, d), p = a.shape, g.shape[-1]
+        if _FLOPS_PER_FLOAT.get(a.device.type, _FLOPS_PER_FLOAT_ELSEWHERE) * p * d > 2 * T * T * (p + d):
+            return False
+        excess = 4 * batch * max(0, p * d - T * (p + d))
+        if excess > self._left:
+            return False
+        self._left -= excess
+        return True
+
+    def note_dense(self, parameter: nn.Parameter, gradients: Tensor) -> None:
+        """Gradients (B, ..., *shape) at each position of a parameter of that shape."""
+        middle = gradients.ndim - 1 - parameter.ndim
+        self._add_dense(parameter, precise(gradients).flatten(1, middle).sum(1) if middle > 0 else precise(gradients))
+
+    def note_lookup(self, table: nn.Parameter, ids: Tensor, gradients: Tensor) -> None:
+        """One use of an embedding table: ids (B, T) and the gradients (B, T, d) of what was looked up."""
+        self._lookups.setdefault(table, []).append((ids, gradients))
+
+    def _close(self) -> None:
+        """Adds the ghost norm of the uses of one input."""
+        if self._open is not None:
+            (key, outer), self._open = self._open, None
+            inner: list[Tensor] = []
+            _add_gram(inner, self._inputs[key])
+            self._add_product_sums(outer, inner)
+
+    def _add_product_sums(self, first: list[Tensor], second: list[Tensor]) -> None:
+        """Adds the inner product of two symmetric matrices, in blocks as `_add_gram` makes them; overwrites `first`."""
+        for index, (a, b) in enumerate(zip(first, second, strict=True)):
+            products = a.mul_(b).view(self.batch_size, -1)
+            self._eps = torch.finfo(products.dtype).eps
+            once = index == len(first) - 1  # a block above the diagonal stands for its mirror image, too
+            self._squares[once].append(products.sum(1))
+            self._sizes[once].append(products.abs_().sum(1))
+
+    def _add_dense(self, parameter: nn.Parameter, gradients: Tensor) -> None:
+        if parameter in self._dense:
+            gradients = self._dense[parameter] + gradients
+        self._dense[parameter] = gradients
+
+    # -- after it ------------------------------------------------------------------------------------------------
+
+    @property
+    def parameters(self) -> set[nn.Parameter]:
+        """Those that anything was noted of."""
+        return {*self._dense, *self._affine, *self._lookups}
+
+    @torch.no_grad()
+    def norms(self) -> Tensor:
+        """(B,) Euclidean norms, over all parameters together, of the per-example gradients.
+
+        Where a ghost norm cancels so far that rounding could have made the whole norm too small by more than the
+        slack, it is increased by that rounding. Squares are added in float64: a sum of millions of float32 is not
+        exact to a millionth.
+        """
+        self._close()
+        if self._dense:
+            rows = torch.cat([_row_norms(each) for each in self._dense.values()], 1)
+            self._squares[1].append(rows.double().square().sum(1))
+        for uses in self._affine.values():
+            for (first, g), (second, h) in itertools.combinations(uses, 2):  # several uses of one weight
+                a, b = precise(self._inputs[first]), precise(self._inputs[second])
+                inner = torch.bmm(a, b.transpose(1, 2)).mul_(2)
+                self._add_product_sums([inner], [torch.bmm(precise(g), precise(h).transpose(1, 2))])
+        for table in self._lookups:
+            example, _, summed = self._summed_lookups(table)
+            each = _row_norms(summed)[:, 0].double().square()
+            self._squares[1].append(each.new_zeros(self.batch_size).index_add_(0, example, each))
+            for key, head in self._affine.get(table, []):
+                self._add_tied_term(table, precise(self._inputs[key]), precise(head))
+        total = _twice_and_once(*self._squares, self.batch_size).clamp_min(0)
+        # A square's relative error is twice the norm's: the whole slack here is half of it there.
+        rounding = 4 * self._eps * _twice_and_once(*self._sizes, self.batch_size)
+        total = total + (rounding - SLACK * total).clamp_min(0)
+        return total.sqrt()
+
+    @torch.no_grad()
+    def add_weighted(self, coefficients: Tensor, sums: dict[nn.Parameter, Tensor]) -> None:
+        """Adds, for every noted parameter, the sum over examples of coefficient times gradient to `sums`.
+
+        Args:
+            coefficients: (B,), >= 0. An example with coefficient 0 contributes exactly zero, whatever its gradient.
+            sums: by parameter, at least float32; entries that are missing are made.
+        """
+        bad = coefficients == 0
+        some_bad = bool(bad.any())
+
+        def cleaned(tensor: Tensor) -> Tensor:
+            """Zero times NaN is NaN: what counts zero must be zero."""
+            return tensor.masked_fill(bad.view(-1, *[1] * (tensor.ndim - 1)), 0) if some_bad else tensor
+
+        for parameter, gradients in self._dense.items():
+            stored, turned = _stored(gradients)
+            total = coefficients.to(stored.dtype) @ cleaned(stored).flatten(1)
+            total = total.view(stored.shape[1:]).T if turned else total.view(parameter.shape)
+            if parameter in sums:
+                sums[parameter] += total
+            else:
+                sums[parameter] = total.contiguous()
+        weighted = _Weighted(coefficients, cleaned)
+        for weight, uses in self._affine.items():
+            for key, g in uses:
+                a = self._inputs[key]
+                if a.shape[-1] <= g.shape[-1] or weighted.holds(key):  # the smaller one is copied
+                    a, g = weighted(a, key), precise(cleaned(g))
+                else:
+                    a, g = precise(cleaned(a)), weighted(g)
+                _add_product(sums, weight, g.flatten(0, 1).T, a.flatten(0, 1))
+        for table in self._lookups:
+            example, row, summed = self._summed_lookups(table)
+            if table not in sums:
+                sums[table] = torch.zeros_like(table, dtype=precise(table).dtype, requires_grad=False)
+            weights = coefficients.to(summed.dtype)[example, None]
+            if some_bad:
+                summed = summed.masked_fill(bad[example, None], 0)
+            sums[table].index_add_(0, row, summed * weights)
+
+    def _summed_lookups(self, table: nn.Parameter) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of the rows of a table that each example looked up: example (n,), row (n,), gradient (n, d)."""
+        if table in self._summed:
+            return self._summed[table]
+        ids = torch.cat([ids for ids, _ in self._lookups[table]], 1)
+        gradients = torch.cat([precise(g) for _, g in self._lookups[table]], 1)
+        example = torch.arange(self.batch_size, device=ids.device)[:, None]
+        places, index = torch.unique(ids + example * len(table), return_inverse=True)
+        summed = gradients.new_zeros(len(places), gradients.shape[-1])
+        summed.index_add_(0, index.flatten(), gradients.flatten(0, 1))
+        self._summed[table] = places // len(table), places % len(table), summed
+        return self._summed[table]
+
+    def _add_tied_term(self, table: nn.Parameter, a: Tensor, head: Tensor) -> None:
+        """A table that is also a weight: 2 <E, H> with E the lookups' and H the head's gradient.
+
+        Row x_t of H is the sum over s of g_s[x_t] a_s (Ding et al., arXiv:2405.18194, "phantom clipping").
+        """
+        for ids, rows in self._lookups[table]:
+            chosen = head.gather(2, ids[:, None, :].expand(-1, head.shape[1], -1))  # (B, s, t)
+            self._add_product_sums([torch.bmm(a, precise(rows).transpose(1, 2)).mul_(2)], [chosen])
+
+
+def _twice_and_once(twice: list[Tensor], once: list[Tensor], batch_size: int) -> Tensor:
+    """(B,) float64: the sum of (B,) tensors, those of the first list counted twice."""
+    total = torch.zeros(batch_size, dtype=torch.float64)
+    for factor, tensors in ((2, twice), (1, once)):
+        if tensors:
+            total = total.to(tensors[0].device) + factor * torch.stack([each.double() for each in tensors]).sum(0)
+    return total
+
+
+class _Weighted:
+    """Rows (B, T, d) times coefficients (B,), in memory that is used again for the next tensor of the same size.
+
+    Claiming fresh memory takes longer than the multiplication.
+    """
+
+    def __init__(self, coefficients: Tensor, cleaned: Callable[[Tensor], Tensor]):
+        self._coefficients, self._cleaned = coefficients, cleaned
+        self._key: tuple | None = None
+        self._memory: dict[torch.Size, Tensor] = {}
+        self._last: Tensor | None = None
+
+    def holds(self, key: tuple) -> bool:
+        return self._key == key
+
+    def __call__(self, tensor: Tensor, key: tuple | None = None) -> Tensor:
+        """The product; with a `key`, the last one is given again if it was made for that key."""
+        if key is None or key != self._key:
+            tensor = precise(self._cleaned(tensor))
+            weights = self._coefficients.to(tensor.dtype)[:, None, None]
+            self._last = torch.mul(tensor, weights, out=self._memory.get(tensor.shape))
+            self._memory[tensor.shape], self._key = self._last, key
+        assert self._last is not None
+        return self._last
+
+
+def _instantiated(a: Tensor, g: Tensor) -> Tensor:
+    """(B, p, d) gradients of a (B, T, d) and g (B, T, p). Batched products are quick with the small side first."""
+    if g.shape[2] > a.shape[2]:
+        return torch.bmm(a.transpose(1, 2), g).transpose(1, 2)
+    return torch.bmm(g.transpose(1, 2), a)
+
+
+def _stored(gradients: Tensor) -> tuple[Tensor, bool]:
+    """Gradients as they lie in memory, and whether rows and columns are exchanged there."""
+    turned = gradients.ndim == 3 and not gradients.is_contiguous()
+    return (gradients.transpose(1, 2) if turned else gradients), turned
+
+
+def _row_norms(gradients: Tensor) -> Tensor:
+    """(B, m) norms of the rows of gradients (B, *shape). Short sums in float32 are exact enough, long ones are not."""
+    stored, _ = _stored(gradients)
+    rows = stored.reshape(len(stored), -1, stored.shape[-1] if stored.ndim > 1 else 1)
+    return torch.linalg.vector_norm(rows, dim=2)
+
+
+def _add_gram(blocks: list[Tensor], tensor: Tensor) -> None:
+    """Adds the inner products of the positions of each example, for a tensor (B, T, d): a T x T matrix, in blocks.
+
+    The matrix is symmetric, so blocks below the diagonal are left out where that is quicker: first the blocks above
+    the diagonal, coarse to fine, (B 2^i, h, h) each; last those on the diagonal. `blocks` is empty at first.
+    """
+    T, x, first_time = tensor.shape[1], precise(tensor), not blocks
+    halvings = 2 if T >= 256 and T % 4 == 0 else 1 if T >= 64 and T % 2 == 0 else 0
+    for index in range(halvings + 1):
+        if index < halvings:
+            pairs = x.reshape(-1, 2, T >> (index + 1), x.shape[2])
+            left, right = pairs[:, 0], pairs[:, 1].transpose(1, 2)
+        else:
+            left = x.reshape(-1, T >> halvings, x.shape[2])
+            right = left.transpose(1, 2)
+        if first_time:
+            blocks.append(torch.bmm(left, right))
+        else:
+            blocks[index].baddbmm_(left, right)
+
+
+def _add_product(sums: dict[nn.Parameter, Tensor], weight: nn.Parameter, left: Tensor, right: Tensor) -> None:
+    if weight in sums:
+        sums[weight].addmm_(left, right)
+    else:
+        sums[weight] = left @ right
+
+
+__all__ = ["Book"]

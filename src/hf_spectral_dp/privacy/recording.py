@@ -1,0 +1,340 @@
+"""One forward and one backward pass that notes, per parameter, what the per-example gradients are made of.
+
+While `Recorder.recording` is active, the leaf modules that own trainable parameters compute the same outputs as before,
+but their backward returns gradients for their inputs only and notes the rest in a `Book`.
+"""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from . import fallback
+from .book import Book, precise
+
+logger = logging.getLogger(__name__)
+
+
+class _Readers:
+    """Of one tensor that several layers read, as query, key and value projections do.
+
+    The gradients that they send back are added up here, in one piece of memory, and only the last one to be computed
+    returns the sum: autograd would claim memory for each of them and add them up itself.
+    """
+
+    def __init__(self) -> None:
+        self.waiting = 0
+        self.gradient: Tensor | None = None
+
+    def send_back(self, g: Tensor, weight: Tensor, book: Book) -> Tensor | None:
+        """The sum of g W over all readers to the last of them, None to the others."""
+        if self.gradient is None:
+            self.gradient = g @ weight
+        else:
+            self.gradient.view(-1, weight.shape[1]).addmm_(g.reshape(-1, weight.shape[0]), weight)
+        self.waiting -= 1
+        if self.waiting:
+            book.unfinished.add(self)
+            return None
+        book.unfinished.discard(self)
+        total, self.gradient = self.gradient, None
+        return total
+
+
+class _Affine(torch.autograd.Function):
+    """y = x W^T + b, or x W + b if `transposed`; notes instead of returning the gradients of W and b."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, module: nn.Module, book: Book, readers: _Readers
+    ) -> Tensor:
+        ctx.module, ctx.book, ctx.transposed = module, book, not isinstance(module, nn.Linear)
+        ctx.readers = readers
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight.T if ctx.transposed else weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        module, book = ctx.module, ctx.book
+        if module.weight.requires_grad:
+            # Detached: a noted input would keep the graph alive, whose nodes keep the book, which keeps the notes.
+            book.note_affine(module.weight, x.detach(), g, ctx.transposed)
+        if module.bias is not None and module.bias.requires_grad:
+            book.note_dense(module.bias, g)
+        inner = None
+        if ctx.needs_input_grad[0]:
+            weight = weight.T if ctx.transposed else weight
+            inner = ctx.readers.send_back(g, weight, book) if book.shares_inputs else g @ weight
+        return inner, None, None, None, None, None
+
+
+class _RMSNorm(torch.autograd.Function):
+    """y = x / rms(x) * weight with the statistics in float32; notes the gradient of weight.
+
+    One closed formula each way instead of the chain of small operations that modelling code leaves to autograd, and
+    only x is kept: this is where a part of the cost of privacy is earned back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, module: nn.Module, eps: float, book: Book) -> Tensor:
+        ctx.module, ctx.book = module, book
+        single = precise(x)
+        y = single.pow(2)  # the operations of modelling code, so that outputs agree to the last bit
+        inverse = torch.rsqrt(y.mean(-1, keepdim=True) + eps)
+        y = torch.mul(single, inverse, out=y).to(x.dtype)
+        ctx.save_for_backward(x, weight, inverse)
+        return y.mul_(weight) if weight.dtype == x.dtype else y * weight
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, inverse = ctx.saved_tensors
+        normalised, single = precise(x) * inverse, precise(g)
+        products = single * normalised
+        if ctx.module.weight.requires_grad:
+            ctx.book.note_dense(ctx.module.weight, products)
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None, None
+        weight = weight.to(single.dtype)
+        along = (products @ weight).div_(x.shape[-1])[..., None]
+        inner = torch.mul(single, weight, out=products if x.ndim > 2 else None)  # noted as its sum over positions
+        return inner.addcmul_(normalised, along, value=-1).mul_(inverse).to(x.dtype), None, None, None, None
+
+
+class _Scale(torch.autograd.Function):
+    """y = x * weight; notes the gradient of weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, module: nn.Module, book: Book) -> Tensor:
+        ctx.module, ctx.book = module, book
+        ctx.save_for_backward(x, weight)
+        return x * weight
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        if ctx.module.weight.requires_grad:
+            ctx.book.note_dense(ctx.module.weight, precise(g) * precise(x))
+        return g * weight, None, None, None
+
+
+class _LayerNorm(torch.autograd.Function):
+    """Layer normalisation; notes the gradients of weight and bias."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, module: nn.LayerNorm, book: Book) -> Tensor:
+        y, mean, inverse = torch.native_layer_norm(x, module.normalized_shape, weight, bias, module.eps)
+        ctx.module, ctx.book = module, book
+        ctx.save_for_backward(x, weight, bias, mean, inverse)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, inverse = ctx.saved_tensors
+        module, book = ctx.module, ctx.book
+        if module.weight.requires_grad:
+            book.note_dense(module.weight, (precise(x) - mean) * inverse * precise(g))
+        if bias is not None and module.bias.requires_grad:
+            book.note_dense(module.bias, g)
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None, None
+        inner, _, _ = torch.ops.aten.native_layer_norm_backward(
+            g.contiguous(), x, module.normalized_shape, mean, inverse, weight, bias, [True, False, False]
+        )
+        return inner, None, None, None, None
+
+
+class _Lookup(torch.autograd.Function):
+    """Rows of an embedding table; notes which row got which gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight: Tensor, module: nn.Embedding, book: Book) -> Tensor:
+        ctx.module, ctx.book = module, book
+        ctx.save_for_backward(ids)
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[None, ...]:
+        (ids,) = ctx.saved_tensors
+        flat, g = ids.reshape(len(ids), -1), g.reshape(len(ids), -1, g.shape[-1])
+        if ctx.module.padding_idx is not None:
+            g = g.masked_fill((flat == ctx.module.padding_idx)[..., None], 0)
+        ctx.book.note_lookup(ctx.module.weight, flat, g)
+        return None, None, None, None
+
+
+def _affine(module: Any, book: Book, name: str) -> Callable[..., Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        weight, bias, dtype = module.weight, module.bias, x.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        if book.last_read is None or book.last_read[0] is not x:
+            book.last_read = x, book.rows(x, name).to(dtype), _Readers()
+        _, inputs, readers = book.last_read
+        readers.waiting += inputs.requires_grad
+        return _Affine.apply(inputs, weight, bias, module, book, readers)
+
+    return forward
+
+
+def _embedding(module: Any, book: Book, name: str) -> Callable[..., Tensor]:
+    return lambda ids: _Lookup.apply(book.rows(ids, name), module.weight, module, book)
+
+
+def _layer_norm(module: Any, book: Book, name: str) -> Callable[..., Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            x = book.rows(precise(x) if module.weight.dtype != x.dtype else x, name)
+            return _LayerNorm.apply(x, module.weight, module.bias, module, book)
+
+    return forward
+
+
+def _rms_norm(module: Any, book: Book, name: str) -> Callable[..., Tensor]:
+    eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
+
+    def forward(x: Tensor) -> Tensor:
+        x = book.rows(x, name)
+        if x.dtype == torch.float64 and not isinstance(module, nn.RMSNorm):
+            # Llama's kind rounds to float32 inside; in double precision, only the same operations agree with it.
+            single = x.to(torch.float32)
+            inverse = torch.rsqrt(single.pow(2).mean(-1, keepdim=True) + eps)
+            return _Scale.apply((single * inverse).to(x.dtype), module.weight, module, book)
+        smallest = torch.finfo(x.dtype).eps if eps is None else eps
+        return _RMSNorm.apply(x, module.weight, module, smallest, book)
+
+    return forward
+
+
+def _plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Is it `kind`, with that class's own forward (a quantised or otherwise changed subclass has another)?"""
+    return isinstance(module, kind) and type(module).forward is kind.forward and "forward" not in vars(module)
+
+
+def _rule(module: nn.Module) -> Callable[..., Callable[..., Tensor]] | None:
+    """How to record a module that owns trainable parameters, or None if its kind is unknown."""
+    if _plain(module, nn.Linear) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf")):
+        return _affine
+    if _plain(module, nn.Embedding):
+        module_: Any = module
+        plain = module_.max_norm is None and not module_.scale_grad_by_freq and not module_.sparse
+        return _embedding if plain else None
+    if _plain(module, nn.LayerNorm) and module.weight is not None:
+        return _layer_norm
+    one_dimensional = len(getattr(module, "normalized_shape", ())) == 1
+    if (_plain(module, nn.RMSNorm) and one_dimensional) or _is_llama_rms_norm(module):
+        return _rms_norm
+    return None
+
+
+def _is_llama_rms_norm(module: nn.Module) -> bool:
+    """Does a module called ...RMSNorm compute what Llama's does? Some scale by 1 + weight, so numbers decide."""
+    if not type(module).__name__.endswith("RMSNorm") or not hasattr(module, "variance_epsilon"):
+        return False
+    weight: Any = module.weight
+    with torch.no_grad():
+        x = torch.linspace(-1, 2, weight.numel(), device=weight.device, dtype=weight.dtype)[None]
+        ours = _RMSNorm.apply(x, weight, module, module.variance_epsilon, None)
+        return bool(torch.allclose(module(x), ours, rtol=1e-2 if x.dtype == torch.bfloat16 else 1e-5))
+
+
+class Recorder:
+    """Knows which modules of a model are to be recorded, and does it.
+
+    A trainable parameter of a module without a rule is covered by `fallback.per_example`: slower, exact, and announced
+    by one warning.
+
+    Raises:
+        ValueError: a trainable parameter in float16, one that no module with a forward holds, or one that a module
+            without a rule shares with an embedding; the error names it.
+    """
+
+    def __init__(self, model: nn.Module, memory_budget: float = 0):
+        self.parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self._memory_budget = memory_budget
+        self.shares_inputs = True
+        self._batch_norms = [
+            (name, module)
+            for name, module in model.named_modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        ]
+        self._rules: list[tuple[str, nn.Module, Callable[..., Any]]] = []
+        units = fallback.units(model, lambda module: _rule(module) is not None)
+        tables: set[nn.Parameter] = set()
+        weights: set[nn.Parameter] = set()
+        others: set[nn.Parameter] = set()
+        for name, module in model.named_modules():
+            if any(name == unit or name.startswith(f"{unit}.") or not unit for unit in units):
+                if name in units:
+                    self._rules.append((name, module, fallback.per_example))
+                others.update(parameter for parameter in module.parameters() if parameter.requires_grad)
+                continue
+            own = {parameter for parameter in module.parameters(recurse=False) if parameter.requires_grad}
+            rule = _rule(module) if own else None
+            if rule is not None:
+                self._rules.append((name, module, rule))
+                (tables if rule is _embedding else weights).update(own)
+        self._tied = frozenset(tables & weights)
+        for name, parameter in self.parameters.items():
+            if parameter not in tables | weights | others:
+                raise ValueError(
+                    f"{name} is trainable, but no module with a forward of its own holds it, so nothing gives its"
+                    " per-example gradients; freeze it with requires_grad_(False)."
+                )
+            if parameter in tables & others:
+                raise ValueError(
+                    f"{name} is an embedding table that a module without a rule shares; freeze it with"
+                    " requires_grad_(False)."
+                )
+            if parameter.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+                raise ValueError(
+                    f"{name} has dtype {parameter.dtype}; use float32 or bfloat16, whose gradients need no loss scale."
+                )
+        if units:
+            kinds = sorted({type(model.get_submodule(unit)).__name__ for unit in units})
+            logger.warning(
+                "No book-keeping rule for %s: their per-example gradients come from torch.func.vmap, which is exact but"
+                " slower.", ", ".join(kinds),
+            )  # fmt: skip
+
+    @contextlib.contextmanager
+    def recording(self, batch_size: int) -> Iterator[Book]:
+        """Records every forward and backward pass inside, also those recomputed by gradient checkpointing.
+
+        Raises:
+            ValueError: a batch normalisation in training mode, through which examples see each other.
+        """
+        for name, batch_norm in self._batch_norms:
+            if batch_norm.training:
+                raise ValueError(
+                    f"{name} is a {type(batch_norm).__name__} in training mode: examples see each other through it, so"
+                    " no gradient belongs to one example. Replace it by GroupNorm, or call eval() on it."
+                )
+        book = Book(batch_size, self._tied, self._memory_budget)
+        book.shares_inputs = self.shares_inputs
+        before = [vars(module).get("forward") for _, module, _ in self._rules]
+        try:
+            for name, module, rule in self._rules:
+                vars(module)["forward"] = rule(module, book, name)  # shadows the class's method on this instance only
+            yield book
+        finally:
+            book.last_read = None
+            for (_, module, _), own in zip(self._rules, before, strict=True):
+                if own is None:
+                    vars(module).pop("forward", None)
+                else:
+                    vars(module)["forward"] = own
+
+
+__all__ = ["Recorder"]
