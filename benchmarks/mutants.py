@@ -1,11 +1,11 @@
 """Bugs put into a copy of the package on purpose, and what notices them: ``python -m benchmarks.mutants``.
 
-Each mutant is the real source with one change: a fragment replaced, or a few lines appended to a module that change what
-one of its functions does (so that the mutant survives a rewrite of the function's body). The copy is imported in a
-process of its own, where the mechanism audit and the tests that ought to notice run against it. A mutant counts as
+Each mutant is the real source with one change: a fragment replaced, or a few lines appended to a module that change
+what one of its functions does (so that the mutant survives a rewrite of the function's body). The copy is imported in
+a process of its own, where the mechanism audit and the tests that ought to notice run against it. A mutant counts as
 killed only by a refuted audit or a failed assertion: one that cannot be applied, or that merely crashes, is an error.
-The same killers must pass on the code as it is. `--quick`: fewer mutants, 2 * 10^4 trials in place of 10^5, and for the
-mechanism's mutants the audit alone.
+The same killers must pass on the code as it is. `--quick`: fewer mutants, 2 * 10^4 trials in place of 10^5, and for
+the mechanism's mutants the audit alone.
 """
 
 import argparse
@@ -140,12 +140,13 @@ def attack(mutant: Mutant, effort: Effort) -> dict[str, Any]:
 def _preload() -> None:
     """What all processes need and no mutant changes; they are forked from this one."""
     import datasets  # noqa: F401
-    import diffusers.pipelines  # noqa: F401
+    import jsonschema  # noqa: F401
     import opacus  # noqa: F401
     import peft  # noqa: F401
     import pytest  # noqa: F401
     import torch
     import transformers.trainer  # noqa: F401
+    from diffusers import DiffusionPipeline  # noqa: F401
     from dp_accounting.pld import PLDAccountant  # noqa: F401
     from scipy import stats  # noqa: F401
     from transformers.models.llama import modeling_llama  # noqa: F401
@@ -189,7 +190,7 @@ def main() -> int:
     parser.add_argument("--only", help="mutants whose name contains this")
     parser.add_argument("--out", help="file for the JSON report")
     arguments = parser.parse_args()
-    effort = Effort(20_000, 200, False) if arguments.quick else Effort(100_000, 400, True)
+    effort = Effort(20_000, 100, False) if arguments.quick else Effort(100_000, 400, True)
     mutants = [mutant for mutant in MUTANTS if mutant.quick or not arguments.quick]
     mutants = [mutant for mutant in mutants if arguments.only is None or arguments.only in mutant.name]
     rows = run(mutants, 2 if arguments.quick else 20, effort, processes=len(os.sched_getaffinity(0)))
