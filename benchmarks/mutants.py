@@ -4,19 +4,19 @@ Each mutant is the real source with one change: a fragment replaced, or a few li
 what one of its functions does (so that the mutant survives a rewrite of the function's body). The copy is imported in
 a process of its own, where the mechanism audit and the tests that ought to notice run against it. A mutant counts as
 killed only by a refuted audit or a failed assertion: one that cannot be applied, or that merely crashes, is an error.
-The same killers must pass on the code as it is. `--quick`: fewer mutants, 2 * 10^4 trials in place of 10^5, and for
-the mechanism's mutants the audit alone.
+The same killers must pass on the code as it is, and the audits must hold what they promise: rows "unmutated".
+`--quick`: fewer mutants, 2 * 10^4 trials in place of 10^5, and for the mechanism's mutants the audit alone.
 """
 
 import argparse
+import contextlib
 import multiprocessing
 import os
 import shutil
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,7 @@ class Effort:
 
     trials: int
     lone_trials: int
+    steps: int  # to memorise rows
     tests_too: bool  # also where the audit should be enough
 
 
@@ -82,16 +83,22 @@ class _Failures:
         (self.asserted if honest else self.crashed).append(item.nodeid.removeprefix("tests/"))
 
 
+def _named(killer: str, found: Sequence[str]) -> list[str]:
+    """One line for all that one killer found."""
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return [f"{killer}: {', '.join(found[:3])}{more}"] if found else []
+
+
 def _audit(effort: Effort) -> list[str]:
     """Findings that refute the claim."""
     from hf_spectral_dp.privacy.audit import mechanism_audit
 
     audit = mechanism_audit(trials=effort.trials, lone_trials=effort.lone_trials)
-    return [f"mechanism audit: {finding.check}" for finding in audit.findings if finding.refuted]
+    return _named("mechanism audit", [finding.check for finding in audit.findings if finding.refuted])
 
 
 def _tests(names: Sequence[str]) -> list[str]:
-    """Failed tests. An error where none ran, or one crashed."""
+    """Failed tests, in one line. An error where none ran, or one crashed."""
     import pytest
 
     failures = _Failures()
@@ -99,39 +106,109 @@ def _tests(names: Sequence[str]) -> list[str]:
     code = pytest.main([*options, *(f"{ROOT}/tests/{name}" for name in names)], plugins=[failures])
     if failures.crashed or not failures.asserted + [""] * failures.passed:
         raise RuntimeError(f"pytest ended with {code}; not by an assertion: {failures.crashed or names}")
-    return failures.asserted
+    return _named("tests", failures.asserted)
 
 
-def attack(mutant: Mutant, effort: Effort) -> dict[str, Any]:
-    """One row: the mutant, and what killed it."""
-    started = time.perf_counter()
-    row: dict[str, Any] = {"check": mutant.name, "tried": 1}
-    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No output of this process or of libraries in C."""
+    kept = os.dup(1), os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        for descriptor in (1, 2):
+            os.dup2(nowhere.fileno(), descriptor)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            for descriptor in (1, 2):
+                os.dup2(kept[descriptor - 1], descriptor)
+
+
+def _import_from(source: Path) -> None:
+    sys.path[:0] = [str(source), str(ROOT / "tests")]
+    os.chdir(ROOT)
+    import hf_spectral_dp
+
+    if Path(hf_spectral_dp.__file__).parents[1] != source:
+        raise RuntimeError(f"{hf_spectral_dp.__file__} was imported, not the copy in {source}")
+
+
+def attack(mutant: Mutant, effort: Effort) -> tuple[bool, str]:
+    """Was the mutant killed, and by what?"""
+    with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "src"
         shutil.copytree(ROOT / "src", source, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-        stdout, stderr = os.dup(1), os.dup(2)
-        try:
-            apply(mutant, source / "hf_spectral_dp")
-            os.dup2(nowhere.fileno(), 1)
-            os.dup2(nowhere.fileno(), 2)
-            sys.path[:0] = [str(source), str(ROOT / "tests")]
-            import hf_spectral_dp
+        apply(mutant, source / "hf_spectral_dp")
+        _import_from(source)
+        killers = _audit(effort) if AUDIT in mutant.killers else []
+        tests = [name for name in mutant.killers if name != AUDIT]
+        if tests and (effort.tests_too or AUDIT not in mutant.killers):
+            killers += _tests(tests)
+    return bool(killers), "; ".join(killers) or "nothing"
 
-            if Path(hf_spectral_dp.__file__).parents[1] != source:
-                raise RuntimeError(f"{hf_spectral_dp.__file__} was imported, not the copy in {source}")
-            os.chdir(ROOT)
-            killers = _audit(effort) if AUDIT in mutant.killers else []
-            tests = [name for name in mutant.killers if name != AUDIT]
-            if tests and (effort.tests_too or AUDIT not in mutant.killers):
-                killers += _tests(tests)
-            row |= {"failed": int(not killers), "killed_by": "; ".join(killers) or "nothing"}
-        except Exception as error:
-            traceback.print_exc()
-            row |= {"failed": 1, "killed_by": f"error, not a kill: {type(error).__name__}: {error}"}
-        finally:
-            os.dup2(stdout, 1)
-            os.dup2(stderr, 2)
-    return {**row, "seconds": round(time.perf_counter() - started, 1)}
+
+# -- what the audits promise, on the code as it is ---------------------------------------------------------------------
+
+
+def _right_code_passes(effort: Effort) -> tuple[bool, str]:
+    alarms = _audit(effort)
+    return not alarms, "; ".join(alarms)
+
+
+def _weak_noise_is_refuted(effort: Effort) -> tuple[bool, str]:
+    from hf_spectral_dp.privacy.audit import mechanism_audit
+
+    audit = mechanism_audit(0.95, 1.0, effort.trials, effort.lone_trials)
+    return audit.refuted, f"mu >= {audit.mu_lower_bound:.3f}"
+
+
+def _one_run_stays_below(epsilon: float, effort: Effort) -> tuple[bool, str]:
+    from hf_spectral_dp.self_audit import one_run_audit
+
+    audit = one_run_audit(epsilon)
+    return not audit.refuted, f"{audit.lower_bound:.2f}"
+
+
+def _one_run_catches_the_twin(effort: Effort) -> tuple[bool, str]:
+    from hf_spectral_dp.self_audit import one_run_audit
+
+    audit = one_run_audit(2.0, noise=False)
+    return audit.lower_bound >= 3, f"{audit.lower_bound:.2f}"
+
+
+def _membership_of_the_twin(effort: Effort) -> tuple[bool, str]:
+    from hf_spectral_dp.self_audit import membership_audit
+
+    private, twin = (membership_audit(1.0, noise, steps=effort.steps) for noise in (True, False))
+    best = max(result.low for result in twin)
+    text = f"AUROC {private[0].auroc:.2f} with privacy, {twin[0].auroc:.2f} without"
+    return best > 0.9 and private[0].high < twin[0].low, text
+
+
+def _tests_pass(names: Sequence[str], effort: Effort) -> tuple[bool, str]:
+    failed = _tests(names)
+    return not failed, "; ".join(failed)
+
+
+def promises(mutants: Sequence[Mutant], quick: bool) -> dict[str, tuple[Callable[[Effort], tuple[bool, str]], int]]:
+    """For the code as it is: what to check, and how often."""
+    used = {name for mutant in mutants for name in mutant.killers if not quick or AUDIT not in mutant.killers}
+    times = 1 if quick else 5
+    one_run = {
+        f"unmutated: one-run audit, epsilon = {epsilon:g}: lower bound <= epsilon": (
+            partial(_one_run_stays_below, epsilon),
+            times,
+        )
+        for epsilon in ((2.0,) if quick else (1.0, 2.0, 4.0))
+    }
+    return {
+        "unmutated: the tests above pass": (partial(_tests_pass, sorted(used - {AUDIT})), 1),
+        "unmutated: mechanism audit accepts": (_right_code_passes, 2 if quick else 20),
+        "unmutated: mechanism audit told of 1/0.95 of the noise refutes": (_weak_noise_is_refuted, 1 if quick else 20),
+        **one_run,
+        "unmutated: one-run audit of the non-private twin: lower bound >= 3": (_one_run_catches_the_twin, times),
+        "unmutated: membership inference catches the non-private twin": (_membership_of_the_twin, 1 if quick else 3),
+    }
 
 
 # -- all of them -------------------------------------------------------------------------------------------------------
@@ -156,31 +233,40 @@ def _preload() -> None:
         raise RuntimeError("the package is imported already; mutants would not be.")
 
 
-def unmutated(mutants: Sequence[Mutant], audits: int, effort: Effort) -> list[Mutant]:
-    """The code as it is, against every killer in use; the first of them stands for all tests."""
-    tests = sorted({name for mutant in mutants for name in mutant.killers if name != AUDIT})
-    needed = tests if effort.tests_too else [
-        name for name in tests if any(name in mutant.killers and AUDIT not in mutant.killers for mutant in mutants)
-    ]  # fmt: skip
-    return [Mutant("unmutated: tests", killers=tuple(needed)), *[Mutant("unmutated: audit", killers=(AUDIT,))] * audits]
+def _in_a_process(job: Callable[[], tuple[bool, str]], imports: bool) -> tuple[bool, str, float]:
+    """What a job found, and its seconds; whatever else ends it is no kill and no pass."""
+    started = time.perf_counter()
+    with _quiet():
+        try:
+            if imports:
+                _import_from(ROOT / "src")
+            good, text = job()
+        except Exception as error:
+            good, text = False, f"error: {type(error).__name__}: {error}"
+    return good, text, time.perf_counter() - started
 
 
-def run(mutants: Sequence[Mutant], audits: int, effort: Effort, processes: int) -> list[dict[str, Any]]:
-    """Rows of all mutants, then of the unmutated code: `failed` counts survivors and false alarms."""
+def run(mutants: Sequence[Mutant], effort: Effort, quick: bool) -> list[dict[str, Any]]:
+    """Rows of all mutants, then of the code as it is; `failed` counts survivors, errors and broken promises."""
     _preload()
-    plain = unmutated(mutants, audits, effort)
-    context = multiprocessing.get_context("fork")
-    with context.Pool(processes, maxtasksperchild=1) as pool:
-        results = pool.imap(partial(attack, effort=effort), [*mutants, *plain], chunksize=1)
-        rows = [results.next(timeout=900) for _ in [*mutants, *plain]]
-    rows, originals = rows[: len(mutants)], rows[len(mutants) :]
-    for name in ("unmutated: tests", "unmutated: audit"):
-        these = [row for row in originals if row["check"] == name]
-        alarms = [row["killed_by"] for row in these if row["killed_by"] != "nothing"]
-        text = "; ".join(alarms) or "nothing, as it should be"
-        seconds = round(sum(row["seconds"] for row in these), 1)
-        counts = {"tried": len(these), "failed": len(alarms)}
-        rows.append({"check": f"{name}, false alarms", **counts, "killed_by": text, "seconds": seconds})
+    jobs = [(mutant.name, partial(attack, mutant, effort), False) for mutant in mutants]
+    for name, (check, times) in promises(mutants, quick).items():
+        jobs += [(name, partial(check, effort), True)] * times
+    with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0)), maxtasksperchild=1) as pool:
+        results = [pool.apply_async(_in_a_process, (job, imports)) for _, job, imports in jobs]
+        found = [(name, *result.get(timeout=3600)) for (name, _, _), result in zip(jobs, results, strict=True)]
+    rows = []
+    for name in dict.fromkeys(name for name, _, _ in jobs):
+        these = [row for row in found if row[0] == name]
+        rows.append(
+            {
+                "check": name,
+                "tried": len(these),
+                "failed": sum(not good for _, good, _, _ in these),
+                "killed_by": "; ".join(dict.fromkeys(text for _, _, text, _ in these if text)),
+                "seconds": round(sum(seconds for *_, seconds in these), 1),
+            }
+        )
     return rows
 
 
@@ -190,10 +276,10 @@ def main() -> int:
     parser.add_argument("--only", help="mutants whose name contains this")
     parser.add_argument("--out", help="file for the JSON report")
     arguments = parser.parse_args()
-    effort = Effort(20_000, 100, False) if arguments.quick else Effort(100_000, 400, True)
+    effort = Effort(20_000, 60, 100, False) if arguments.quick else Effort(100_000, 400, 300, True)
     mutants = [mutant for mutant in MUTANTS if mutant.quick or not arguments.quick]
     mutants = [mutant for mutant in mutants if arguments.only is None or arguments.only in mutant.name]
-    rows = run(mutants, 2 if arguments.quick else 20, effort, processes=len(os.sched_getaffinity(0)))
+    rows = run(mutants, effort, arguments.quick)
     command = "python -m benchmarks.mutants" + " --quick" * arguments.quick
     write_report(command, rows, arguments.out)
     return int(any(row["failed"] for row in rows))

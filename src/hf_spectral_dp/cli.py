@@ -20,9 +20,8 @@ Attack the code that this installation trains with, and see whether its privacy 
   membership inference   tell rows that were trained on from others by the probabilities of their tokens
 
 Each figure is a LOWER bound on what leaks. One above the claim refutes the claim. One below it proves nothing: the
-proof is in the mechanism, an attack can only fail to find a hole. So every attack is also run on a broken twin, which
-it
-must catch. No private data is used: the rows are random and made on the spot."""
+proof is in the mechanism, an attack can only fail to find a hole. So every attack is also run on a broken twin,
+which it must catch. No private data is used: the rows are random and made on the spot."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="Exit code: 0; 1 if a claim is refuted, or a broken twin was not caught. Takes about two minutes.",
     )
     audit.add_argument("--quick", action="store_true", help="fewer trials, one training run; about half a minute")
+    audit.add_argument("--device", default="cpu", help="where to train: cpu (default) or cuda")
     audit.add_argument("--out", type=Path, metavar="FILE", help="write the rows as JSON, too")
     audit.set_defaults(run=_audit)
     arguments = parser.parse_args(argv)
@@ -87,7 +87,8 @@ def _audit(arguments: argparse.Namespace) -> int:
     if arguments.out is not None and not arguments.out.absolute().parent.is_dir():
         raise ValueError(f"--out {arguments.out}: its folder does not exist; create it first.")
     rows: list[AuditRow] = []
-    for row in audit_installation((2.0,) if arguments.quick else (1.0, 2.0, 4.0), arguments.quick):
+    epsilons = (2.0,) if arguments.quick else (1.0, 2.0, 4.0)
+    for row in audit_installation(epsilons, arguments.quick, arguments.device):
         rows.append(row)
         verdict = "REFUTED" if row.refuted else "not refuted"
         print(f"[{verdict}] {row.audit}: {row.quantity} >= {row.shown:.3f}, claimed {row.claimed:.3f}", flush=True)

@@ -83,12 +83,13 @@ class _WithCanaries(nn.Module):
         return torch.where(number < 0, losses, torch.where(left_out, torch.zeros_like(losses), canary))
 
 
-def _train(model: Any, rows: Tensor, epsilon: float, noise: bool, **arguments: Any) -> DPTrainer:
+def _train(model: Any, rows: Tensor, epsilon: float, noise: bool, device: str, **arguments: Any) -> DPTrainer:
     """One run of `DPTrainer`, in a folder that is thrown away; `noise=False` is the non-private twin of that run."""
     with tempfile.TemporaryDirectory() as folder:
         args = DPTrainingArguments(
             output_dir=folder, target_epsilon=epsilon, target_delta=_DELTA, report_to="none", disable_tqdm=True,
-            save_strategy="no", logging_strategy="no", use_cpu=True, lr_scheduler_type="constant", **arguments,
+            save_strategy="no", logging_strategy="no", use_cpu=device == "cpu", lr_scheduler_type="constant",
+            **arguments,
         )  # fmt: skip
         trainer = DPTrainer(model, args, _Rows(rows))
         trainer.remove_callback(PrinterCallback)
@@ -119,7 +120,9 @@ class OneRunAudit:
         return self.lower_bound > self.claimed
 
 
-def one_run_audit(epsilon: float, noise: bool = True, canaries: int = 2000, confidence: float = 0.95) -> OneRunAudit:
+def one_run_audit(
+    epsilon: float, noise: bool = True, canaries: int = 2000, confidence: float = 0.95, device: str = "cpu"
+) -> OneRunAudit:
     """Trains once by `DPTrainer` with canaries that fair coins put in, and guesses the coins from the final weights.
 
     Poisson batches, clipping, noise, ledger, optimizer and the reported epsilon are those of any run; the model is a
@@ -131,6 +134,7 @@ def one_run_audit(epsilon: float, noise: bool = True, canaries: int = 2000, conf
         noise: False removes it: the twin that must be caught.
         canaries: more of them see more; each is one row beside 200 ordinary ones.
         confidence: that the lower bound is one; see `privacy.audit.one_run_lower_bound` for what that means.
+        device: "cpu" or "cuda", where the run takes place.
     """
     with torch.random.fork_rng():
         torch.seed()
@@ -141,10 +145,10 @@ def one_run_audit(epsilon: float, noise: bool = True, canaries: int = 2000, conf
     rows[:, 0] = torch.from_numpy(np.where(included, -1 - np.arange(canaries), -1 - canaries))
     audited = _WithCanaries(model, canaries)
     trainer = _train(
-        audited, torch.cat([ordinary, rows]), epsilon, noise, sampling_rate=0.5, max_steps=8, micro_batch_size=1024,
-        optim="sgd", learning_rate=1.0,
+        audited, torch.cat([ordinary, rows]), epsilon, noise, device, sampling_rate=0.5, max_steps=10,
+        micro_batch_size=1024, optim="sgd", learning_rate=1.0,
     )  # fmt: skip
-    scores = -audited.table.weight.detach()[:canaries, 0].double().numpy()
+    scores = -audited.table.weight.detach()[:canaries, 0].double().cpu().numpy()
     guesses = scores > np.median(scores)
     return OneRunAudit(
         claimed=trainer.epsilon_spent,
@@ -156,7 +160,9 @@ def one_run_audit(epsilon: float, noise: bool = True, canaries: int = 2000, conf
     )
 
 
-def membership_audit(epsilon: float, noise: bool = True, steps: int = 300, rows: int = 200) -> list[MembershipResult]:
+def membership_audit(
+    epsilon: float, noise: bool = True, steps: int = 300, rows: int = 200, device: str = "cpu"
+) -> list[MembershipResult]:
     """Trains by `DPTrainer` on random rows, which can only be memorised, and attacks by membership inference.
 
     Held out is another draw of as many rows. Without noise the same run overfits: the twin that must be caught.
@@ -166,7 +172,8 @@ def membership_audit(epsilon: float, noise: bool = True, steps: int = 300, rows:
         model = _tiny_model()
         members, others = _random_rows(model, rows), _random_rows(model, rows)
     _train(
-        model, members, epsilon, noise, sampling_rate=0.5, max_steps=steps, micro_batch_size=256, learning_rate=1e-2,
+        model, members, epsilon, noise, device, sampling_rate=0.5, max_steps=steps, micro_batch_size=256,
+        learning_rate=1e-2,
     )  # fmt: skip
     return membership_inference(model, members, others)
 
@@ -194,28 +201,31 @@ class AuditRow:
     control_caught: bool
 
 
-def audit_installation(epsilons: Sequence[float] = (1.0, 2.0, 4.0), quick: bool = False) -> Iterator[AuditRow]:
+def audit_installation(
+    epsilons: Sequence[float] = (1.0, 2.0, 4.0), quick: bool = False, device: str = "cpu"
+) -> Iterator[AuditRow]:
     """Runs all audits on the code that this installation trains with, and yields each as it ends.
 
     `quick`: 2 * 10^4 trials in place of 10^5 for the mechanism, which notices noise that is 2 % too small by its
     scale, but only about 10 % by a bound on epsilon, and half the steps to memorise.
     """
     trials, lone = (20_000, 100) if quick else (100_000, 400)
-    right, weak = (mechanism_audit(used, 1.0, trials=trials, lone_trials=lone) for used in (1.0, 0.9))
+    right, weak = (mechanism_audit(used, 1.0, trials, lone, device=device) for used in (1.0, 0.9))
     yield AuditRow(
         f"one release, {trials:,} trials per side", "epsilon", right.claimed_epsilon, right.epsilon_lower_bound,
         right.confidence, right.refuted, [finding.check for finding in right.findings if finding.refuted],
         "noise x 0.9", weak.epsilon_lower_bound, weak.refuted,
     )  # fmt: skip
     for epsilon in epsilons:
-        private, twin = (one_run_audit(epsilon, noise) for noise in (True, False))
+        private, twin = (one_run_audit(epsilon, noise, device=device) for noise in (True, False))
         yield AuditRow(
             f"one training run, {private.canaries:,} canaries", "epsilon", private.claimed, private.lower_bound,
             private.confidence, private.refuted, [], "no noise", twin.lower_bound, twin.refuted,
         )  # fmt: skip
     epsilon = max(epsilons)
     for private_, twin_ in zip(
-        *(membership_audit(epsilon, noise, 150 if quick else 300) for noise in (True, False)), strict=True
+        *(membership_audit(epsilon, noise, 150 if quick else 300, device=device) for noise in (True, False)),
+        strict=True,
     ):
         limit = round(auroc_limit(epsilon, _DELTA), 4)
         yield AuditRow(
