@@ -5,9 +5,10 @@ claim. A bound below it proves nothing: the attack may be weak. So every audit h
 non-private twin that it must catch, and the bound is never to be quoted as a guarantee.
 """
 
+import contextlib
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -283,8 +284,9 @@ def mechanism_audit(
     claimed = noise_multiplier if claimed_noise_multiplier is None else claimed_noise_multiplier
     lab = _Laboratory(noise_multiplier, claimed, device)
     failure = 1 - confidence
-    crowd, law = lab.crowd(trials, failure / 4, failure / 2)
-    lone = lab.lone(lone_trials, failure / 4)
+    with _global_generators_kept():
+        crowd, law = lab.crowd(trials, failure / 4, failure / 2)
+        lone = lab.lone(lone_trials, failure / 4)
     findings = [Finding(name, round(mu, 4), 0.0, 1 / claimed) for name, mu in {**crowd, **lone}.items()]
     strongest = max([*crowd.values(), *lone.values()])
     return MechanismAudit(
@@ -405,27 +407,32 @@ class _Laboratory:
 
     def _replayed(self, trials: int, canary: tuple[int, int, int], shifts: Sequence[float], failure: float) -> float:
         """The adversary runs the same code with the same seeds on what it knows, and subtracts."""
-        state = random.getstate(), np.random.get_state(), torch.get_rng_state()
         scores: list[list[float]] = [[], []]
-        try:
-            for trial in range(trials):
-                for side, batch in enumerate(([], [canary])):
-                    found = []
-                    for attempt in (batch, []):
-                        random.seed(trial)
-                        np.random.seed(trial)
-                        torch.manual_seed(trial)
-                        probe, release = self._built(2, micro_batch_size=1)
-                        found.append(release(attempt))
-                    direction = probe.directions(torch.full((2,), canary[1]))
-                    scores[side].append(
-                        sum(float(((found[0][key] - found[1][key]) * direction[key])[0].sum()) for key in direction)
-                    )
-        finally:
-            random.setstate(state[0])
-            np.random.set_state(state[1])
-            torch.set_rng_state(state[2])
+        for trial in range(trials):
+            for side, batch in enumerate(([], [canary])):
+                found = []
+                for attempt in (batch, []):
+                    random.seed(trial)
+                    np.random.seed(trial)
+                    torch.manual_seed(trial)
+                    probe, release = self._built(2, micro_batch_size=1)
+                    found.append(release(attempt))
+                direction = probe.directions(torch.full((2,), canary[1]))
+                moved = [((found[0][name] - found[1][name]) * direction[name])[0].sum() for name in direction]
+                scores[side].append(float(torch.stack(moved).sum()))
         return gaussian_dp_lower_bound(np.array(scores[1]), np.array(scores[0]), shifts, failure)
+
+
+@contextlib.contextmanager
+def _global_generators_kept() -> Iterator[None]:
+    """Puts the generators that the audit seeds back to where they were."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 def _rounded(value: float) -> float:
