@@ -47,8 +47,13 @@ def _add_weighted_by(self, losses, batch_size, norms):
     coefficients = self.clipping_norm / norms.clamp_min(self.clipping_norm)
     coefficients = torch.where(norms.isfinite(), coefficients, 1.0)
     clipping_norm, self.clipping_norm = self.clipping_norm, 1e30
+
+    def weighted():
+        values = losses()
+        return values * coefficients.to(values.dtype)
+
     try:
-        _real_add(self, lambda: losses() * coefficients.to(losses().dtype), batch_size)
+        _real_add(self, weighted, batch_size)
     finally:
         self.clipping_norm = clipping_norm
 
@@ -97,7 +102,7 @@ _UNTIED = """
 seen, swapped = set(), []
 for module in self.mutant_model.modules():
     weight = module._parameters.get("weight")
-    if weight in seen:
+    if weight is not None and weight in seen:
         module._parameters["weight"] = nn.Parameter(weight.detach().clone(), requires_grad=False)
         swapped.append((module, weight))
     seen.add(weight)
@@ -306,17 +311,17 @@ MUTANTS = (
     Mutant(
         "noise per micro-batch",
         replaced=(
-            (MECHANISM, "        sums = self.clipper.take()\n", "        sums = sums or self.clipper.take()\n"),
+            (MECHANISM, "sums = self.clipper.take()", "sums = sums or self.clipper.take()"),
             (MECHANISM, "        if self._rank == 0:\n            self.noise.add_(sums.values())\n", ""),
             (
                 MECHANISM,
-                "            self.clipper.add(partial(losses, some), len(some))\n",
-                "            self.clipper.add(partial(losses, some), len(some))\n"
-                "            part = self.clipper.take()\n"
-                "            self.noise.add_(part.values())\n"
-                "            sums = {name: sums[name] + part[name] for name in part} if sums else part\n",
+                "                self.clipper.add(partial(losses, some), len(some))\n",
+                "                self.clipper.add(partial(losses, some), len(some))\n"
+                "                part = self.clipper.take()\n"
+                "                self.noise.add_(part.values())\n"
+                "                sums = {name: sums[name] + part[name] for name in part} if sums else part\n",
             ),
-            (MECHANISM, "        for some in rows", "        sums = {}\n        for some in rows"),
+            (MECHANISM, "        try:\n", "        sums = {}\n        try:\n"),
         ),
         killers=(AUDIT, "test_trainer.py::test_the_noise_has_the_planned_scale"),
         quick=True,

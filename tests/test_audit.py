@@ -121,8 +121,8 @@ def an_empty_batch_is_skipped(monkeypatch):
 def noise_from_the_global_seed(monkeypatch):
     init = GaussianNoise.__init__
 
-    def seeded(self, standard_deviation, **kwargs):
-        init(self, standard_deviation, **kwargs)
+    def seeded(self, *args, **kwargs):
+        init(self, *args, **kwargs)
         self._generator = np.random.default_rng(torch.initial_seed())
 
     monkeypatch.setattr(GaussianNoise, "__init__", seeded)

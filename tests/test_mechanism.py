@@ -45,6 +45,21 @@ def test_the_noise_depends_on_nothing_but_the_constants(count):
     assert float(torch.stack(drawn).std()) == pytest.approx(2 * 0.5 / 10, rel=0.09)
 
 
+def test_an_interrupted_release_leaves_nothing_behind():
+    layer, mechanism = built(0.0, micro_batch_size=1)
+    seen = []
+
+    def interrupted(rows):
+        seen.append(rows)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return layer(rows).sum(1)
+
+    with pytest.raises(KeyboardInterrupt):
+        mechanism.release(torch.randn(5, 3), interrupted)
+    assert not any(value.any() for value in mechanism.release(torch.zeros(0, 3), interrupted).values())
+
+
 def test_only_the_first_process_adds_noise(monkeypatch):
     reduced = []
     monkeypatch.setattr("hf_spectral_dp.privacy.mechanism.dist.all_reduce", reduced.append)

@@ -17,7 +17,6 @@ from .configuration_spectral import SpectralConfig
 from .metrics.membership import MembershipResult, auroc_limit, membership_inference
 from .modeling_spectral import SpectralTokenizerForCausalLM
 from .privacy.audit import mechanism_audit, one_run_lower_bound
-from .privacy.noise import GaussianNoise
 from .trainer import DPTrainer
 from .training_args import DPTrainingArguments
 
@@ -94,7 +93,7 @@ def _train(model: Any, rows: Tensor, epsilon: float, noise: bool, device: str, *
         trainer = DPTrainer(model, args, _Rows(rows))
         trainer.remove_callback(PrinterCallback)
         if not noise:
-            trainer._mechanism.noise = GaussianNoise(0.0)
+            trainer._mechanism.noise.standard_deviation = 0.0
         trainer.train()
     return trainer
 

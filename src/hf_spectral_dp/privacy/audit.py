@@ -319,7 +319,7 @@ class _Laboratory:
 
     def crowd(self, trials: int, failure: float, law_failure: float) -> tuple[dict[str, float], list[Finding]]:
         """Canaries of all sizes and patterns in one batch, each there by a coin of its own."""
-        count, scores, patterns, present = 256, [], [], []
+        count, scores, patterns, present, scales = 256, [], [], [], []
         probe, release = self._built(count, micro_batch_size=50)
         noise: dict[str, list[Tensor]] = {name: [] for name in probe.shares}
         inside = outside = 0
@@ -333,6 +333,7 @@ class _Laboratory:
             scores.append(torch.cat([found[name] * directions[name] for name in found], 1).sum(1))
             patterns.append(pattern.numpy())
             present.append(coins)
+            scales.append(sizes)
             for name, values in noise.items():
                 values.append(found[name] - torch.from_numpy(coins)[:, None] * directions[name])
             inside, outside = inside + int(coins.sum()), outside + int((~coins).sum())
@@ -344,8 +345,18 @@ class _Laboratory:
             bounds[f"canaries in a crowd, {layer} layer only"] = gaussian_dp_lower_bound(
                 score[there & these], score[~there & these], shifts, failure / 2 / len(probe.layers)
             )
+        size = np.concatenate(scales)
+        added = {f"the {layer} layer": which == index for index, layer in enumerate(probe.layers)}
+        added |= {f"{_SIZES[index]:g} clipping norms": size == index for index in range(_OPPOSED)}
+        share = law_failure / 2 / len(added)
+        shares = [self._share(name, score[there & these], share) for name, these in added.items()]
         stacked = {name: torch.stack(values).flatten(1).numpy() for name, values in noise.items()}
-        return bounds, self._law(stacked, law_failure)
+        return bounds, [*shares, *self._law(stacked, law_failure / 2)]
+
+    def _share(self, name: str, scores: np.ndarray, failure: float) -> Finding:
+        """Does a canary add the clipping norm, no more and no less?"""
+        width = stats.norm.isf(failure / 2) * self._claimed / math.sqrt(len(scores)) + 1e-4  # rounding
+        return Finding(f"what a gradient adds, {name}", _rounded(scores.mean()), 1 - width, 1 + width)
 
     def _law(self, noise: dict[str, np.ndarray], failure: float) -> list[Finding]:
         """Is the noise (releases, entries) of each parameter independent and Gaussian, of the claimed scale?"""

@@ -54,9 +54,13 @@ class NoisyClippedMean:
             rows: this process's part of the batch (b, ...); b may be 0.
             losses: maps some of the rows to one loss per row.
         """
-        for some in rows.split(self.micro_batch_size):
-            self.clipper.add(partial(losses, some), len(some))
-        sums = self.clipper.take()
+        try:
+            for some in rows.split(self.micro_batch_size):
+                self.clipper.add(partial(losses, some), len(some))
+            sums = self.clipper.take()
+        except BaseException:
+            self.clipper.take()  # if this process trains again, no example may count in two sums
+            raise
         if self._rank == 0:
             self.noise.add_(sums.values())
         if self._world_size > 1:
