@@ -27,7 +27,7 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 
-from benchmarks.mutations import AUDIT, MUTANTS, Mutant  # noqa: E402
+from benchmarks.mutations import AUDIT, HARMLESS, MUTANTS, Mutant  # noqa: E402
 from benchmarks.report import write_report  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -185,6 +185,11 @@ def _membership_of_the_twin(effort: Effort) -> tuple[bool, str]:
     return best > 0.9 and private[0].high < twin[0].low, text
 
 
+def _wrapper_is_harmless(effort: Effort) -> tuple[bool, str]:
+    killed, text = attack(HARMLESS, effort)
+    return not killed, text if killed else ""
+
+
 def _tests_pass(names: Sequence[str], effort: Effort) -> tuple[bool, str]:
     failed = _tests(names)
     return not failed, "; ".join(failed)
@@ -233,6 +238,9 @@ def _preload() -> None:
         raise RuntimeError("the package is imported already; mutants would not be.")
 
 
+Job = tuple[str, Callable[[], tuple[bool, str]], bool]  # name, what to do, on the code as it is
+
+
 def _in_a_process(job: Callable[[], tuple[bool, str]], imports: bool) -> tuple[bool, str, float]:
     """What a job found, and its seconds; whatever else ends it is no kill and no pass."""
     started = time.perf_counter()
@@ -250,7 +258,8 @@ def run(effort: Effort, quick: bool, only: str) -> list[dict[str, Any]]:
     """Rows of all mutants, then of the code as it is; `failed` counts survivors, errors and broken promises."""
     _preload()
     mutants = [mutant for mutant in MUTANTS if mutant.quick or not quick]
-    jobs = [(mutant.name, partial(attack, mutant, effort), False) for mutant in mutants]
+    jobs: list[Job] = [(mutant.name, partial(attack, mutant, effort), False) for mutant in mutants]
+    jobs += [(f"unmutated: {HARMLESS.name}", partial(_wrapper_is_harmless, effort), False)]
     for name, (check, times) in promises(mutants, quick).items():
         jobs += [(name, partial(check, effort), True)] * times
     jobs = [job for job in jobs if only in job[0]]

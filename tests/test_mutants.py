@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks.mutants import apply
-from benchmarks.mutations import AUDIT, MUTANTS, Mutant
+from benchmarks.mutations import AUDIT, HARMLESS, MUTANTS, Mutant
 
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+@pytest.mark.parametrize("mutant", (*MUTANTS, HARMLESS), ids=lambda mutant: mutant.name)
 def test_every_mutant_applies_and_names_real_killers(mutant, tmp_path):
     package = tmp_path / "hf_spectral_dp"
     shutil.copytree(ROOT / "src" / "hf_spectral_dp", package, ignore=shutil.ignore_patterns("checkpoints"))
