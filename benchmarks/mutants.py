@@ -287,7 +287,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="only the rows whose name contains this")
     parser.add_argument("--out", help="file for the JSON report")
     arguments = parser.parse_args()
-    effort = Effort(20_000, 60, 100, False) if arguments.quick else Effort(100_000, 400, 300, True)
+    effort = Effort(20_000, 60, 100, False) if arguments.quick else Effort(100_000, 200, 300, True)
     rows = run(effort, arguments.quick, arguments.only)
     command = "python -m benchmarks.mutants" + " --quick" * arguments.quick
     command += f" --only {arguments.only!r}" if arguments.only else ""

@@ -208,7 +208,7 @@ def audit_installation(
     `quick`: 2 * 10^4 trials in place of 10^5 for the mechanism, which notices noise that is 2 % too small by its
     scale, but only about 10 % by a bound on epsilon, and half the steps to memorise.
     """
-    trials, lone = (20_000, 60) if quick else (100_000, 400)
+    trials, lone = (20_000, 60) if quick else (100_000, 200)
     right, weak = (mechanism_audit(used, 1.0, trials, lone, device=device) for used in (1.0, 0.9))
     yield AuditRow(
         f"one release, {trials:,} trials per side", "epsilon", right.claimed_epsilon, right.epsilon_lower_bound,

@@ -254,7 +254,7 @@ def mechanism_audit(
     noise_multiplier: float = 1.0,
     claimed_noise_multiplier: float | None = None,
     trials: int = 100_000,
-    lone_trials: int = 400,
+    lone_trials: int = 200,
     confidence: float = 0.999,
     delta: float = 1e-5,
     device: str = "cpu",
