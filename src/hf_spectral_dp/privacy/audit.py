@@ -255,7 +255,7 @@ def mechanism_audit(
     claimed_noise_multiplier: float | None = None,
     trials: int = 100_000,
     lone_trials: int = 200,
-    confidence: float = 0.999,
+    confidence: float = 0.9999,
     delta: float = 1e-5,
     device: str = "cpu",
 ) -> MechanismAudit:
@@ -273,7 +273,7 @@ def mechanism_audit(
         claimed_noise_multiplier: what it is held against (default: the same). The positive control claims more.
         trials: per side, for the canaries in a crowd. 10^5 notice noise that is 5 % too small.
         confidence: a right mechanism passes all findings with at least this probability. Half of the rest goes to the
-            bounds on mu, and of that half to the canaries in a crowd; half to the law of the noise.
+            bounds on mu, half of that to the canaries in a crowd; the other half to the noise and to what is added.
 
     What is bounded: mu of one release with a given batch under adding or removing one example, and its epsilon at
     delta. Assumptions: the trials of an attack are independent. Those of lone canaries are, unless releases share a
