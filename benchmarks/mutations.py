@@ -354,7 +354,6 @@ MUTANTS = (
         "norm over one layer only",
         appended=_clipped_by("norms = _norms_of(self, losses, batch_size, list(self.parameters)[:1])"),
         killers=(AUDIT, *_EQUALS),
-        quick=True,
     ),
     Mutant(
         "each layer clipped on its own to the whole norm",
