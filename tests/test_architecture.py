@@ -25,6 +25,7 @@ ORDER = [
     "super_resolution",
     "pipeline_spectral",
     "metrics",
+    "self_audit",
     "card",
     "cli",
     "",  # hf_spectral_dp/__init__.py

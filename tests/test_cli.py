@@ -1,13 +1,16 @@
 """The command line says the guarantee, every check, and fails when one fails."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from test_card import report, save_pipeline
 
+from hf_spectral_dp import cli
 from hf_spectral_dp.card import PrivacyCard
 from hf_spectral_dp.cli import main
+from hf_spectral_dp.self_audit import AuditRow
 
 
 @pytest.fixture
@@ -72,3 +75,33 @@ def test_help_is_helpful(arguments, words, capsys):
         main(arguments)
     shown = capsys.readouterr().out
     assert ended.value.code == 0 and all(word in shown for word in words)
+
+
+@pytest.mark.slow
+def test_audit_refutes_nothing_here_and_catches_every_control(tmp_path, capsys):
+    assert main(["audit", "--quick", "--out", str(tmp_path / "audit.json")]) == 0
+    report = json.loads((tmp_path / "audit.json").read_text())
+    release, run, *membership = report["rows"]
+    assert 0.9 * release["claimed"] < release["shown"] <= release["claimed"] and release["control_caught"]
+    assert run["shown"] <= run["claimed"] <= 2 and run["control_shown"] >= 3
+    assert len(membership) == 4 and all(row["control_shown"] > 0.5 for row in membership)
+    printed = capsys.readouterr().out
+    assert printed.count("[not refuted]") == printed.count("caught") == len(report["rows"])
+
+
+@pytest.mark.parametrize("harm", ["refuted", "control_caught"])
+def test_audit_fails_when_a_claim_is_refuted_or_a_control_is_not_caught(harm, monkeypatch, capsys):
+    fine = AuditRow("an attack", "epsilon", 2.0, 1.0, 0.95, False, ["something"], "no noise", 4.0, True)
+    for row, code in ((fine, 0), (replace(fine, **{harm: not getattr(fine, harm)}), 1)):
+        monkeypatch.setattr(cli, "audit_installation", lambda *args, row=row: iter([fine, row]))
+        assert main(["audit"]) == code
+    assert ("[REFUTED]" in capsys.readouterr().out) == (harm == "refuted")
+
+
+def test_audit_teaches_and_refuses_early(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["audit", "--help"])
+    shown = capsys.readouterr().out
+    assert "LOWER bound" in shown and "proves nothing" in shown and "--quick" in shown
+    assert main(["audit", "--out", str(tmp_path / "missing" / "audit.json")]) == 1
+    assert "its folder does not exist" in capsys.readouterr().err

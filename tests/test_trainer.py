@@ -115,6 +115,26 @@ def test_an_empty_batch_is_still_a_noisy_charged_step(tmp_path):
     assert not torch.equal(trainer.model.lm_head.weight, before)
 
 
+def test_no_noise_is_drawn_unless_it_was_paid_for(tmp_path):
+    """A ledger that refuses the second charge: one step, one helping of noise, and the weights stay where they were."""
+    trainer = DPTrainer(tiny_model(), arguments(tmp_path), Rows())
+    events, weights, charge, add = [], [], trainer._charge, trainer._noise.add_
+
+    def charged_once():
+        weights.append(trainer.model.lm_head.weight.detach().clone())
+        if "charge" in events:
+            raise LedgerError("refused")
+        charge()
+        events.append("charge")
+
+    trainer._charge = charged_once
+    trainer._noise.add_ = lambda tensors: (events.append("noise"), add(tensors))[1]
+    with pytest.raises(LedgerError, match="refused"):
+        trainer.train()
+    assert events == ["charge", "noise"]
+    assert torch.equal(trainer.model.lm_head.weight, weights[-1]) and not torch.equal(weights[0], weights[1])
+
+
 def test_nothing_private_is_logged_or_stored(tmp_path):
     trainer = DPTrainer(tiny_model(), arguments(tmp_path, save_strategy="steps", save_steps=3), Rows())
     output = trainer.train()

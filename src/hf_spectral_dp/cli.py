@@ -1,11 +1,27 @@
-"""`hf-spectral-dp verify FOLDER` and `hf-spectral-dp card FOLDER`: the privacy card on the command line."""
+"""`hf-spectral-dp verify FOLDER`, `card FOLDER` and `audit`: checks of the privacy claim on the command line."""
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 
 from .card import PrivacyCard
+from .self_audit import AuditRow, audit_installation
+
+_AUDIT = """\
+Attack the code that this installation trains with, and see whether its privacy claim survives.
+
+  one release            clip, sum, noise, divide, with and without a canary; and the law of the noise
+  one training run       canaries that fair coins put in; guess the coins from the trained weights
+                         (Steinke, Nasr and Jagielski, arXiv:2305.08846)
+  membership inference   tell rows that were trained on from others by the probabilities of their tokens
+
+Each figure is a LOWER bound on what leaks. One above the claim refutes the claim. One below it proves nothing: the
+proof is in the mechanism, an attack can only fail to find a hole. So every attack is also run on a broken twin,
+which it must catch. No private data is used: the rows are random and made on the spot."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -15,10 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name (default: those of the process).
 
     Returns:
-        Exit code: 0; or 1 if the card is missing, not valid, or contradicted.
+        Exit code: 0; or 1 if the card is missing, not valid, or contradicted, or an audit refutes the claim.
     """
     parser = argparse.ArgumentParser(
-        prog="hf-spectral-dp", description="Check and render the privacy card of a differentially private generator."
+        prog="hf-spectral-dp", description="Check the claims of a differentially private generator, render its card."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, run, description in (
@@ -29,6 +45,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_argument("folder", type=Path, metavar="FOLDER", help="folder of a saved pipeline with privacy.json")
         command.set_defaults(run=run)
     command.add_argument("--license", help="license identifier for the Hub; left out, README.md keeps its own")
+    audit = commands.add_parser(
+        "audit",
+        help="Attack the code that this installation trains with; needs no model and no data.",
+        description=_AUDIT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Exit code: 0; 1 if a claim is refuted, or a broken twin was not caught. Takes about two minutes.",
+    )
+    audit.add_argument("--quick", action="store_true", help="fewer trials, one training run; about half a minute")
+    audit.add_argument("--device", default="cpu", help="where to train: cpu (default) or cuda")
+    audit.add_argument("--out", type=Path, metavar="FILE", help="write the rows as JSON, too")
+    audit.set_defaults(run=_audit)
     arguments = parser.parse_args(argv)
     try:
         return arguments.run(arguments)
@@ -53,6 +80,30 @@ def _card(arguments: argparse.Namespace) -> int:
     """Writes README.md and nothing else."""
     PrivacyCard.load(arguments.folder).save_readme(arguments.folder, arguments.license)
     return 0
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    """Prints one line per audit, with its control below. 1 if a claim is refuted or an attack is blind."""
+    if arguments.out is not None and not arguments.out.absolute().parent.is_dir():
+        raise ValueError(f"--out {arguments.out}: its folder does not exist; create it first.")
+    rows: list[AuditRow] = []
+    epsilons = (2.0,) if arguments.quick else (1.0, 2.0, 4.0)
+    for row in audit_installation(epsilons, arguments.quick, arguments.device):
+        rows.append(row)
+        verdict = "REFUTED" if row.refuted else "not refuted"
+        print(f"[{verdict}] {row.audit}: {row.quantity} >= {row.shown:.3f}, claimed {row.claimed:.3f}", flush=True)
+        for found in row.found:
+            print(f"    {found}")
+        caught = "caught" if row.control_caught else "NOT CAUGHT, so this audit proves nothing"
+        print(f"    control, {row.control}: {row.quantity} >= {row.control_shown:.3f}, {caught}", flush=True)
+    if arguments.out is not None:
+        report = {
+            "hf_spectral_dp": metadata.version("hf_spectral_dp"),
+            "torch": metadata.version("torch"),
+            "rows": [asdict(row) for row in rows],
+        }
+        arguments.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return int(any(row.refuted or not row.control_caught for row in rows))
 
 
 __all__ = ["main"]

@@ -67,9 +67,7 @@ class SpectralConfig(LlamaConfig):
 
     @property
     def layout(self) -> TokenLayout:
-        return TokenLayout.build(
-            self.image_size, self.num_channels, self.levels, self.patch_sizes, self.codebook_sizes
-        )
+        return TokenLayout.build(self.image_size, self.num_channels, self.levels, self.patch_sizes, self.codebook_sizes)
 
     @property
     def coarse_size(self) -> int:

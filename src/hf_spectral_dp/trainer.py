@@ -8,7 +8,6 @@ does not cover).
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_l
 from .privacy.budget import ADJACENCY, accountant_version, event_to_dict
 from .privacy.clipping import PerExampleClipper
 from .privacy.ledger import PrivacyLedger
-from .privacy.noise import GaussianNoise, describe_randomness
+from .privacy.mechanism import NoisyClippedMean
+from .privacy.noise import describe_randomness
 from .privacy.sampling import PoissonSampler
 from .training_args import DPTrainingArguments
 
@@ -88,7 +88,11 @@ class DPTrainer(Trainer):
         )
         self._public = {name: parameter.detach().clone() for name, parameter in self._clipper.parameters.items()}
         self._average = {name: value.float().clone() for name, value in self._public.items()} if args.ema_decay else {}
-        self._noise = GaussianNoise(self.plan.noise_multiplier * self._clipper.sensitivity)
+        self._mechanism = NoisyClippedMean(
+            self._clipper, self.plan.noise_multiplier, self.plan.expected_batch_size, args.micro_batch_size,
+            args.process_index, args.world_size,
+        )  # fmt: skip
+        self._noise = self._mechanism.noise
         self._ledger: PrivacyLedger | None = None  # held by the first process only
         self._charged = 0
         self._head = ""
@@ -145,21 +149,14 @@ class DPTrainer(Trainer):
         model.train()
         bare = self.accelerator.unwrap_model(model)  # no gradient reaches autograd, so DDP has nothing to reduce
         self._charge()
-        for rows in inputs["input_ids"].split(self.args.micro_batch_size):
-            self._clipper.add(partial(self._losses, bare, rows.to(self.args.device)), len(rows))
-        sums = self._clipper.take()
-        if self.is_world_process_zero():
-            self._noise.add_(sums.values())
-        if self.args.world_size > 1:
-            for total in sums.values():
-                dist.all_reduce(total)
+        released = self._mechanism.release(inputs["input_ids"], lambda rows: self._losses(bare, rows))
         for name, parameter in self._clipper.parameters.items():
-            parameter.grad = (sums[name] / self.plan.expected_batch_size).to(parameter.dtype)
+            parameter.grad = released[name].to(parameter.dtype)
         return torch.zeros((), device=self.args.device)
 
     def _losses(self, model: Any, rows: Tensor) -> Tensor:
         with self.compute_loss_context_manager():
-            return model.per_example_loss(rows)
+            return model.per_example_loss(rows.to(self.args.device))
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> None:
         """Not logged: it would say little, being nearly all noise."""

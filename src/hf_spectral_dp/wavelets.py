@@ -107,9 +107,7 @@ def dwt2(images: Tensor, levels: int, wavelet: str = "haar") -> Subbands:
     for _ in range(levels):
         rows, columns = low.shape[-2] // 2, low.shape[-1] // 2
         bands = _matrix(wavelet, 2 * rows, low) @ low @ _matrix(wavelet, 2 * columns, low).T
-        details.append(
-            Detail(bands[..., rows:, :columns], bands[..., :rows, columns:], bands[..., rows:, columns:])
-        )
+        details.append(Detail(bands[..., rows:, :columns], bands[..., :rows, columns:], bands[..., rows:, columns:]))
         low = bands[..., :rows, :columns]
     return Subbands(low, tuple(reversed(details)), wavelet)
 

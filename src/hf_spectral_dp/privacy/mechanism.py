@@ -1,0 +1,72 @@
+"""One application of the mechanism: clip, sum, add noise, divide. The trainer and the audits call this same code."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch.distributed as dist
+from torch import Tensor
+
+from .clipping import PerExampleClipper
+from .noise import GaussianNoise
+
+
+class NoisyClippedMean:
+    """Releases the sum of clipped per-example gradients of a batch, plus noise, over a public constant.
+
+    Args:
+        clipper: holds the model and the clipping norm.
+        noise_multiplier: standard deviation of the noise over the sum's sensitivity, >= 0; 0 is the non-private twin.
+        divisor: a public constant, usually the expected batch size; never the size of the batch drawn.
+        micro_batch_size: examples per forward pass; changes memory and speed only.
+        rank, world_size: this process among those that hold a part of the batch each.
+
+    Formal guarantee: for a batch that is given, the releases of all parameters together are the Gaussian mechanism
+    with `noise_multiplier` under adding or removing one example: the sum moves by at most `clipper.sensitivity`
+    (see `PerExampleClipper`), noise of noise_multiplier * sensitivity is added once to every entry of it (see
+    `GaussianNoise`), on the first process, before the processes add up their parts; the division by a constant is
+    post-processing. It holds for the empty batch as for any other. `privacy.audit.mechanism_audit` tries to refute it.
+
+    Raises:
+        ValueError: divisor not positive.
+    """
+
+    def __init__(
+        self,
+        clipper: PerExampleClipper,
+        noise_multiplier: float,
+        divisor: float,
+        micro_batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        if not 0 < divisor < float("inf"):
+            raise ValueError(f"divisor={divisor} must be positive and finite: the public expected batch size.")
+        self.clipper = clipper
+        self.noise = GaussianNoise(noise_multiplier * clipper.sensitivity)
+        self.divisor = divisor
+        self.micro_batch_size = micro_batch_size
+        self._rank, self._world_size = rank, world_size
+
+    def release(self, rows: Tensor, losses: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """The noisy mean gradient by parameter name, at least float32, the same on all processes.
+
+        Args:
+            rows: this process's part of the batch (b, ...); b may be 0.
+            losses: maps some of the rows to one loss per row.
+        """
+        try:
+            for some in rows.split(self.micro_batch_size):
+                self.clipper.add(partial(losses, some), len(some))
+            sums = self.clipper.take()
+        except BaseException:
+            self.clipper.take()  # if this process trains again, no example may count in two sums
+            raise
+        if self._rank == 0:
+            self.noise.add_(sums.values())
+        if self._world_size > 1:
+            for total in sums.values():
+                dist.all_reduce(total)
+        return {name: total / self.divisor for name, total in sums.items()}
+
+
+__all__ = ["NoisyClippedMean"]
