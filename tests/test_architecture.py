@@ -21,11 +21,13 @@ ORDER = [
     "token_store",
     "privacy",
     "training_args",
+    "quiet_trainer",
     "trainer",
     "super_resolution",
-    "pipeline_spectral",
     "metrics",
     "card",
+    "publication",
+    "pipeline_spectral",
     "cli",
     "",  # hf_spectral_dp/__init__.py
 ]
