@@ -38,9 +38,13 @@ class QuietTrainer(Trainer):
     """
 
     args: DPTrainingArguments
-    epsilon_spent: float
     _loss = 0.0
     _rows = 0
+
+    @property
+    def epsilon_spent(self) -> float:
+        """Epsilon of all steps charged so far."""
+        raise NotImplementedError
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs what is public, and the epsilon spent so far."""
