@@ -11,9 +11,10 @@ from conftest import tiny_model
 from test_trainer import Rows, arguments
 from transformers import TrainerCallback
 
-from hf_spectral_dp import DPTrainer, PrivacyCard
+from hf_spectral_dp import DPSpectralPipeline, DPTrainer, PrivacyCard, SpectralImageProcessor
 from hf_spectral_dp.privacy.ledger import LedgerError
 from hf_spectral_dp.quiet_trainer import PUBLIC_LOGS, UNPROTECTED_LOSS
+from hf_spectral_dp.token_store import codec_fingerprint
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 1}
 
@@ -49,6 +50,55 @@ def test_logs_states_and_metrics_do_not_depend_on_the_rows(tmp_path):
     assert told[0] == told[1]
     assert set(told[0][2]) <= PUBLIC_LOGS
     assert all(set(entry) <= PUBLIC_LOGS | {"step"} for entry in told[0][3]) and len(told[0][3]) == 7
+
+
+def test_report_and_pipeline_do_not_depend_on_the_rows(tmp_path):
+    """So no histogram of labels, no count of rows left out, no codebook or constant taken from private images."""
+    facts = []
+    for seed in range(2):
+        rows = Rows(seed=seed)
+        if seed:
+            rows.rows[:, 0] = rows.rows[0, 0]  # one class only
+            rows.report = {"images": 60, "undecodable": 1234, "unlabelled": 7}
+        trainer, _, _ = run(tmp_path / str(seed), rows, save_strategy="no")
+        report = trainer.privacy_report()
+        report["ledger"].pop("head")  # of random numbers
+        folder = tmp_path / str(seed) / "pipeline"
+        processor = SpectralImageProcessor(image_size=16, num_channels=1)
+        DPSpectralPipeline(trainer.merged_model(), processor).save_pretrained(folder)
+        files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        weights = files.pop("model/model.safetensors")
+        facts.append((report, files, codec_fingerprint(trainer.model.codec)))
+        facts[-1][1]["size of the weights"] = len(weights)
+    assert facts[0] == facts[1] and facts[0][2] == codec_fingerprint(tiny_model().codec)
+
+
+@pytest.mark.parametrize("kind", ["buffer", "replaced buffer", "frozen weight", "batch norm"])
+def test_what_a_forward_pass_learns_beside_the_gradients_is_refused(tmp_path, kind):
+    model = tiny_model()
+    model.beside = torch.nn.BatchNorm1d(3, affine=False)
+    model.frozen = torch.nn.Parameter(torch.zeros(3), requires_grad=False)
+    loss = model.per_example_loss
+
+    def learning(rows):
+        first = rows[:, :3].float()
+        with torch.no_grad():
+            match kind:
+                case "buffer":
+                    model.beside.running_mean.copy_(first.mean(0))
+                case "replaced buffer":
+                    model.beside.running_var = first.mean(0)
+                case "frozen weight":
+                    model.frozen.add_(first.mean(0))
+                case "batch norm":
+                    model.beside(torch.cat([first, first]))
+        return loss(rows)
+
+    model.per_example_loss = learning
+    trainer = DPTrainer(model, arguments(tmp_path, **{**SAVING, "save_steps": 1}), Rows())
+    with pytest.raises(ValueError, match="(beside|frozen).* changed while private rows"):
+        trainer.train()
+    assert not list(tmp_path.glob("checkpoint-*"))
 
 
 def written(folder: Path) -> dict[str, bytes]:

@@ -8,8 +8,8 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor
-from transformers import Trainer
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
 
 from .training_args import DPTrainingArguments
 
@@ -40,6 +40,10 @@ class QuietTrainer(Trainer):
     args: DPTrainingArguments
     _loss = 0.0
     _rows = 0
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.add_callback(_NothingLearnedBeside())
 
     @property
     def epsilon_spent(self) -> float:
@@ -108,6 +112,32 @@ class QuietTrainer(Trainer):
     create_model_card = _refused(
         "create_model_card", "its draft knows nothing of privacy; make a PrivacyCard from privacy_report()"
     )
+
+
+class _NothingLearnedBeside(TrainerCallback):
+    """Stops before the optimizer step if the forward passes wrote to a buffer or to a frozen weight.
+
+    What a layer estimates from the rows it sees (running means of a batch norm, a codebook that follows its inputs) is
+    saved with the model and passes by clipping and noise. Codec and normalisation are public since nothing moves them.
+    (Who writes through `.data` goes unnoticed, as torch itself would not notice.)
+    """
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self._before = _versions(model)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        changed = sorted(name for name, version in _versions(model).items() if self._before.get(name) != version)
+        if changed:
+            raise ValueError(
+                f"{changed[0]} changed while private rows passed through the model; what it learned from them is not"
+                " covered by the guarantee. Use a layer without running statistics, or freeze them with eval()."
+            )
+
+
+def _versions(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Of each buffer and frozen weight: which tensor it is, and how often that was written to."""
+    frozen = [(name, parameter) for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    return {name: (id(tensor), tensor._version) for name, tensor in [*frozen, *model.named_buffers()]}
 
 
 __all__ = ["PUBLIC_LOGS", "UNPROTECTED_LOSS", "QuietTrainer"]
