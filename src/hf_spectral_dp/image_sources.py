@@ -191,6 +191,7 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
 
 def _content(path: str) -> bytes:
     """Bytes of a path. A missing or odd file is that one image's fault; a failing store is everyone's, and raises."""
+    path = path.removeprefix("file://")
     try:
         # A device or a pipe may never end.
         if "://" not in path and not stat.S_ISREG(os.stat(path).st_mode):
@@ -276,8 +277,8 @@ def _upright(image: Image.Image) -> Image.Image:
 def _formats() -> tuple[str, ...]:
     """The formats of photographs and scans that this Pillow reads, the common ones tried first.
 
-    Not the fifty others: rare decoders are rarely attacked by their friends, icons hold an image of another size than
-    they say, and EPS is handed to a PostScript interpreter.
+    Not the thirty others: rare decoders have had few eyes on them, icons may hold an image of another size than they
+    say, and EPS is handed to a PostScript interpreter.
     """
     Image.init()
     return tuple(name for name in _FORMATS if name in Image.OPEN)
