@@ -34,7 +34,7 @@ from benchmarks.report import write_report
 SIDE = 5792  # the largest square that is decoded
 SECONDS = 5.0  # of processor time for one image; unlike the clock, it does not count what else the machine does
 MEMORY = 1024  # MiB beyond what the process holds before the first image: 32 bytes for every pixel that is decoded
-ATTACKS = 60  # at most, and one image in 20; they take their time by intention, and there are thirty kinds
+ATTACKS = 66  # at most, and one image in 20; they take their time by intention, and there are 33 kinds
 
 Draw = np.random.Generator
 
@@ -286,6 +286,16 @@ def attack(draw: Draw, number: int) -> tuple[str, Any]:
             + [(273, 4, 10**6, 122), (278, 4, 1, 1), (279, 4, 10**6, 122 + 4 * 10**6)],
             struct.pack("<I", 8) * 10**6 + struct.pack("<I", 1) * 10**6,
         ),
+        "TIFF of tags": lambda: tiff(
+            [(256, 4, 1, 8), (257, 4, 1, 8), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), (273, 4, length, 98)],
+            bytes(4 * length),
+        ),
+        "TIFF with a directory of tags": lambda: tiff(
+            [(256, 4, 1, 8), (257, 4, 1, 8), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), (273, 4, 1, 8)]
+            + [(278, 4, 1, 8), (279, 4, 1, 64), (0x8769, 4, 1, 122)],
+            struct.pack("<HHHII", 1, 37500, 4, length, 140) + bytes(4 * length + 4),
+        ),
+        "JPEG of segments": lambda: plain[:2] + segment(0xE5, b"") * length + plain[2:],
         "PPM with a comment": lambda: b"P5 #" + b"a" * length + b"\n8 8 255\n" + bytes(64),
         "PPM in words": lambda: b"P2 2000 2000 255\n" + b"1 " * 4_000_000,
         "largest WebP": lambda: saved(Image.new("RGBA", (SIDE, SIDE), (9, 9, 9, 9)), "WEBP", lossless=True, method=0),
@@ -295,7 +305,7 @@ def attack(draw: Draw, number: int) -> tuple[str, Any]:
         "largest GIF": lambda: saved(Image.new("P", (SIDE, SIDE), 9), "GIF"),
         "largest TIFF": lambda: saved(Image.new("CMYK", (SIDE, SIDE), 9), "TIFF", compression="tiff_adobe_deflate"),
     }
-    name = list(makers)[number * 7 % len(makers)]  # 7 has no divisor in common with their number
+    name = list(makers)[number * 7 % len(makers)]  # 7 has no divisor in common with 33
     return name, makers[name]()
 
 

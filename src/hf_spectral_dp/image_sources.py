@@ -9,6 +9,7 @@ readable depends on that image alone (and, at the last wall, on the machine's sp
 """
 
 import io
+import math
 import os
 import re
 import stat
@@ -23,7 +24,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Features, IterableDataset, load_dataset, load_dataset_builder
 from datasets import Image as ImageFeature
-from PIL import Image, TiffImagePlugin
+from PIL import Image, TiffImagePlugin, TiffTags
 
 MAX_PIXELS = 2**25
 """Images with more pixels (5792 x 5792) are not decoded: a small file can unpack to more than the memory."""
@@ -36,6 +37,8 @@ MAX_SECONDS = 2.0
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
 _MAX_SCANS = 100  # of a JPEG: each is a walk over all blocks that costs the writer a few bytes; ten are usual
+_MAX_SEGMENTS = 10_000  # of a JPEG before its first scan
+_MAX_TAGS = 2**23  # bytes of a TIFF's tags: as Python numbers they take forty times as much
 _MAX_TILE = 2**22  # pixels; a decoder unpacks whole tiles, however little of them is inside the image
 _ORIENTATION = 0x0112
 _TURNS = {
@@ -214,12 +217,17 @@ class _Encoded(io.BytesIO):
 
     def __init__(self, content: bytes):
         super().__init__(content)
+        self.left = math.inf  # bytes that may still be read
         self._end = time.thread_time() + MAX_SECONDS
 
     def read(self, size: int | None = -1) -> bytes:
         if time.thread_time() > self._end:
             raise TimeoutError(f"reading the image takes more than {MAX_SECONDS:g} seconds.")
-        return super().read(size)
+        content = super().read(size)
+        self.left -= len(content)
+        if self.left < 0:
+            raise ValueError(f"the tags take more than {_MAX_TAGS} bytes.")
+        return content
 
 
 def _opened(content: bytes) -> Image.Image:
@@ -228,11 +236,19 @@ def _opened(content: bytes) -> Image.Image:
         raise UndecodableImageError(f"{len(content)} bytes exceed MAX_BYTES={MAX_BYTES}.")
     if content.startswith(b"\xff\xd8"):
         content = _without_padding(content)
-    image = Image.open(_Encoded(content), formats=_formats())
+    file = _Encoded(content)
+    if content[:2] in (b"II", b"MM"):  # nothing but tags is read when a TIFF is opened
+        file.left = _MAX_TAGS
+    image = Image.open(file, formats=_formats())
     if isinstance(image, TiffImagePlugin.TiffImageFile):
+        tags = image.getexif()
+        for directory in TiffTags.TAGS_V2_GROUPS:  # else these are read with the pixels, whatever their size
+            if directory in tags:
+                del tags[directory]
         width, length = (image.tag_v2.get(tag, 1) for tag in (TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH))
         if width * length > _MAX_TILE:
             raise UndecodableImageError(f"tiles of {width}x{length} pixels exceed {_MAX_TILE}.")
+    file.left = math.inf
     return image
 
 
@@ -243,10 +259,13 @@ def _without_padding(content: bytes) -> bytes:
     """A JPEG with its segments before the first scan in a row: of metadata the first EXIF and Adobe's colour transform.
 
     Raises:
-        UndecodableImageError: the segments lead nowhere, or more than `_MAX_SCANS` scans.
+        UndecodableImageError: the segments lead nowhere, or there are too many, or more than `_MAX_SCANS` scans.
     """
     parts, position, exif = [b"\xff\xd8"], 2, False
-    while match := _MARKER.match(content, position):
+    for _ in range(_MAX_SEGMENTS):
+        match = _MARKER.match(content, position)
+        if not match:
+            break
         marker = match[1][0]
         position = match.end()
         if marker == 0xDA:  # the scans: from here on the decoder reads by itself
@@ -262,7 +281,7 @@ def _without_padding(content: bytes) -> bytes:
         if not metadata or marker == 0xEE or first_exif:
             parts.append(b"\xff" + match[1] + content[position:end])
         position = max(end, position + 2)
-    raise UndecodableImageError("a JPEG without a scan.")
+    raise UndecodableImageError("a JPEG without a scan, or with one behind too many segments.")
 
 
 def _upright(image: Image.Image) -> Image.Image:
