@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from benchmarks import hostile_images
 from hf_spectral_dp import image_sources
 from hf_spectral_dp.image_sources import UndecodableImageError, decode_image, load_images
 
@@ -150,6 +151,22 @@ def test_a_file_that_is_too_large_is_not_read(levels, tmp_path, monkeypatch):
     monkeypatch.setattr(image_sources, "MAX_BYTES", len(content) - 1)
     with pytest.raises(UndecodableImageError, match="exceed MAX_BYTES"):
         decode_image(tmp_path / "image.png")
+
+
+def test_tags_segments_and_tiles_have_their_limits(levels, monkeypatch):
+    tags = [(256, 4, 1, 10), (257, 4, 1, 12), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), (277, 3, 1, 1)]
+    tags += [(322, 4, 1, 16), (323, 4, 1, 16), (324, 4, 1, 146), (325, 4, 1, 256), (37724, 7, 5000, 402)]
+    tiff, jpeg = hostile_images.tiff(tags, bytes(256 + 5000)), encoded(levels[0], "JPEG")
+    for content, limit, bound, message in (
+        (tiff, "_MAX_TAGS", 4000, "tags take more than 4000 bytes"),
+        (tiff, "_MAX_TILE", 255, "tiles of 16x16 pixels exceed 255"),
+        (jpeg, "_MAX_SEGMENTS", 2, "too many segments"),
+    ):
+        assert decode_image(content).size == (10, 12)
+        monkeypatch.setattr(image_sources, limit, bound)
+        with pytest.raises(UndecodableImageError, match=message):
+            decode_image(content)
+        monkeypatch.undo()
 
 
 def test_a_pipe_is_not_waited_for(tmp_path):
