@@ -65,7 +65,7 @@ def run(job: dict, tmp_path: Path, *options: str) -> subprocess.CompletedProcess
     config.write_text(yaml.safe_dump(job))
     command = [sys.executable, str(EXAMPLES / "train.py"), "--config", str(config), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=1500, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
 @pytest.mark.slow
