@@ -388,6 +388,7 @@ def _push(path: str, count: int) -> dict[str, Any]:
     for index in range(len(config.layout.scales)):
         model.codec.codebook(index).normal_()
     processor = SpectralImageProcessor(image_size=config.image_size, num_channels=3)
+    first_class = config.class_token_ids[0]
     names: list[tuple[str, bool | None]] = []
     timings: list[tuple[float, float, str]] = []
 
@@ -407,7 +408,7 @@ def _push(path: str, count: int) -> dict[str, Any]:
         )
         found = store[np.arange(len(store))]["input_ids"].numpy()
         assert len(store) + store.report["undecodable"] == count and TokenStore.load(folder).verify()
-        return {int(row[0]) - config.class_token_ids[0]: row[1:].tobytes() for row in found}
+        return {int(row[0]) - first_class: row[1:].tobytes() for row in found}
 
     with tempfile.TemporaryDirectory() as folder:
         before = _peak_memory()
@@ -443,7 +444,7 @@ def run(count: int, seed: int = 0) -> dict[str, Any]:
         code = f"import json; from benchmarks.hostile_images import _push; print(json.dumps(_push({file!r}, {count})))"
         _make(file, count, seed)
         try:
-            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300 + count / 5)
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600 + count)
         except subprocess.TimeoutExpired as error:
             return {**row, "failed": count, "first_failures": [f"no end after {error.timeout:g} seconds"]}
     if done.returncode:

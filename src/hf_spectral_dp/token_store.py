@@ -400,7 +400,7 @@ def _preprocess(
 
 def _start_tokens(labels: Sequence[Any], config: Any, first_row: int) -> np.ndarray:
     """Class tokens (b,) of the labels; the null token where there is none."""
-    tokens = np.full(len(labels), config.null_token_id, dtype=np.int64)
+    tokens, class_tokens = np.full(len(labels), config.null_token_id, dtype=np.int64), config.class_token_ids
     for position, label in enumerate(labels):
         if label is None or label == -1:
             continue
@@ -409,7 +409,7 @@ def _start_tokens(labels: Sequence[Any], config: Any, first_row: int) -> np.ndar
                 f"label {label!r} near row {first_row + position} is not in 0..{config.num_classes - 1};"
                 " use a model with enough classes, or map the labels."
             )
-        tokens[position] = config.class_token_ids[label]
+        tokens[position] = class_tokens[label]
     return tokens
 
 
