@@ -128,6 +128,10 @@ def main() -> None:
 
     # 4. The card, from the run itself.
     evaluation = compare(config["evaluation"], data, pipeline, prior, store, args) if config["evaluation"] else []
+    outside = list(config["card"].get("outside_guarantee", []))
+    if evaluation:
+        section = config["evaluation"]
+        outside.append(f"The figures under Evaluation: measured on images of {section['source']}, {section['split']}.")
     models = config["model"]
     report = {
         **trainer.privacy_report(),
@@ -137,7 +141,7 @@ def main() -> None:
             {"role": "super-resolution", "source": models["super_resolution_source"]},
         ],
         "hyperparameter_tuning": config["card"]["hyperparameter_tuning"],
-        "outside_guarantee": config["card"].get("outside_guarantee", []),
+        "outside_guarantee": outside,
         "evaluation": evaluation,
     }
     card = PrivacyCard(report)

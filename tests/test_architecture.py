@@ -21,12 +21,14 @@ ORDER = [
     "token_store",
     "privacy",
     "training_args",
+    "quiet_trainer",
     "trainer",
     "super_resolution",
-    "pipeline_spectral",
     "metrics",
     "self_audit",
     "card",
+    "publication",
+    "pipeline_spectral",
     "cli",
     "",  # hf_spectral_dp/__init__.py
 ]

@@ -4,7 +4,12 @@ Everything here is post-processing of a model that was trained with differential
 and costs no privacy, however many images are drawn.
 """
 
+import filecmp
+import json
+import os
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,6 +21,7 @@ from transformers import PreTrainedModel
 from .configuration_spectral import SpectralConfig
 from .image_processing_spectral import SpectralImageProcessor
 from .modeling_spectral import SpectralTokenizerForCausalLM
+from .publication import check_own_folder, publish
 from .super_resolution import RESAMPLING_MODES, SpectralSuperResolution, upscale
 
 Upscaling = Literal["model", "none", "nearest", "bicubic", "lanczos"]
@@ -96,6 +102,64 @@ class DPSpectralPipeline(DiffusionPipeline):
         options = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
         patterns = ["*.json", "*.safetensors", "README.md", "*.png"]  # `*` also matches the slashes of folders
         return snapshot_download(pretrained_model_name, allow_patterns=patterns, **options)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *args: Any, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Saves the pipeline, as diffusers does, to a folder of its own.
+
+        Args:
+            save_directory: a folder that holds nothing but a pipeline, or does not exist.
+            push_to_hub: afterwards call `push_to_hub`, for a folder whose card is there already.
+            args, kwargs: as in diffusers; with `push_to_hub=True` also `repo_id` (default: the folder's name),
+                `commit_message`, `private`, `token` and `create_pr`.
+
+        Raises:
+            ValueError: other files lie in the folder; nothing was saved.
+        """
+        check_own_folder(save_directory)
+        names = ("repo_id", "commit_message", "private", "token", "create_pr")
+        upload = {name: kwargs.pop(name) for name in names if name in kwargs} if push_to_hub else {}
+        super().save_pretrained(save_directory, *args, **kwargs)
+        self.register_to_config(_name_or_path=str(save_directory))
+        if push_to_hub:
+            self.push_to_hub(upload.pop("repo_id", Path(save_directory).name), **upload)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Uploads the folder that this pipeline was saved to or loaded from, with its card; see `publication.publish`.
+
+        Raises:
+            FileNotFoundError: there is no such folder, or no card in it.
+            ValueError: the card does not speak of these weights, or is contradicted.
+        """
+        folder = Path(self.config.get("_name_or_path") or "")
+        if not (folder / "model_index.json").is_file():
+            raise FileNotFoundError(
+                "this pipeline lies in no local folder, and none is published without its card; call"
+                " save_pretrained(folder) and PrivacyCard(report).save(folder) first."
+            )
+        for name, component in self.components.items():
+            if isinstance(component, PreTrainedModel) and not _is_saved(component, folder / name):
+                raise ValueError(
+                    f"the weights of {name} in memory are not those in {str(folder)!r}; save the pipeline and its card"
+                    " again."
+                )
+        return publish(
+            folder, repo_id, commit_message=commit_message, private=private, token=token, create_pr=create_pr
+        )
+
+    def to_json_string(self) -> str:
+        """What `model_index.json` holds: not the folder that the pipeline was loaded from, a path of this machine."""
+        fields = json.loads(super().to_json_string())
+        fields.pop("_name_or_path", None)
+        return json.dumps(fields, indent=2, sort_keys=True) + "\n"
 
     @torch.no_grad()
     def __call__(
@@ -206,6 +270,16 @@ class DPSpectralPipeline(DiffusionPipeline):
             images = self.image_processor.postprocess(images, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+def _is_saved(model: PreTrainedModel, folder: Path) -> bool:
+    """Whether a folder holds exactly the weights that saving the model now would write."""
+    with tempfile.TemporaryDirectory() as scratch:
+        model.save_pretrained(scratch)
+        names = {path.name for path in Path(scratch).glob("*.safetensors")}
+        return names == {path.name for path in folder.glob("*.safetensors")} and all(
+            filecmp.cmp(Path(scratch) / name, folder / name, shallow=False) for name in names
+        )
 
 
 def _factor(super_resolution: PreTrainedModel, config: SpectralConfig) -> int:

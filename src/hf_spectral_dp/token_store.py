@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pyarrow as pa
 import torch
 from datasets import ClassLabel, Dataset
@@ -34,6 +36,7 @@ _TOKENS = "tokens.arrow"
 _FACTS = "store.json"
 _FORMAT = 1
 _ROWS_PER_CHUNK = 8192
+_PIXELS_AT_ONCE = 2**22
 
 
 class TokenStore:
@@ -160,7 +163,11 @@ def build_token_store(
 
     Returns:
         The store. Images that cannot be decoded are left out and counted in `report["undecodable"]`; they never stop
-        the run.
+        the run. That count is kept in the store and nowhere else: it is as private as the images.
+
+    Formal guarantee: every row is a function of one image and its label, and so is whether there is a row (up to the
+    time limit of `decode_image`). Adding or removing one image therefore adds or removes at most one row, and one that
+    cannot be decoded moves nothing at all: it contributes zero to every sum that is ever computed from the store.
 
     Raises:
         FileExistsError: the folder exists and `overwrite` is False, or it is no token store.
@@ -323,12 +330,8 @@ def _write(
             f" {first_reason!r}. Check image_column and the source."
         )
     if report["undecodable"]:
-        logger.warning(
-            "%d of %d images could not be decoded and were left out; the first failed with %r.",
-            report["undecodable"],
-            report["images"] + report["undecodable"],
-            first_reason,
-        )
+        # How many, and why, depends on the private images; a log is not as private as the store is.
+        logger.warning("some images could not be decoded and were left out; report['undecodable'] counts them.")
     facts = {
         "format": _FORMAT,
         "row_length": row_length,
@@ -345,33 +348,59 @@ def _batches(examples: Iterator[tuple[Any, Any]], size: int) -> Iterator[list[tu
 
 
 def _pixels(images: Sequence[Any], image_processor: Any) -> tuple[torch.Tensor | None, list[int], list[str]]:
-    """Pixel values of the images that can be decoded, their positions, and why the others could not."""
-    decoded, kept, reasons = [], [], []
+    """Pixel values of the images that can be decoded, their positions, and why the others could not.
+
+    However large the images of a batch, no more than `_PIXELS_AT_ONCE` and one image are held decoded.
+    """
+    parts: list[torch.Tensor] = []
+    kept: list[int] = []
+    reasons: list[str] = []
+    waiting: list[tuple[int, Any]] = []
+    area = 0
     for index, image in enumerate(images):
         try:
-            decoded.append(decode_image(image))
-            kept.append(index)
+            waiting.append((index, decode_image(image)))
         except UndecodableImageError as error:
             reasons.append(str(error))
-    if not decoded:
-        return None, [], reasons
+            continue
+        area += _area(waiting[-1][1])
+        if area > _PIXELS_AT_ONCE:
+            _preprocess(waiting, image_processor, parts, kept, reasons)
+            waiting, area = [], 0
+    _preprocess(waiting, image_processor, parts, kept, reasons)
+    return torch.cat(parts) if parts else None, kept, reasons
+
+
+def _area(image: Any) -> int:
+    if isinstance(image, PIL.Image.Image):
+        return image.width * image.height
+    return math.prod(getattr(image, "shape", (1,)))
+
+
+def _preprocess(
+    images: Sequence[tuple[int, Any]],
+    image_processor: Any,
+    parts: list[torch.Tensor],
+    kept: list[int],
+    reasons: list[str],
+) -> None:
+    """Appends what the processor makes of (position, image) pairs; one without usable pixels harms only itself."""
+    if not images:
+        return
     try:
-        return image_processor(decoded, return_tensors="pt")["pixel_values"], kept, reasons
-    except Exception:  # some image of the batch decodes but has no usable pixels: find it, keep the others
-        usable = []
-        for index, image in zip(kept, decoded, strict=True):
-            try:
-                usable.append((index, image_processor(image, return_tensors="pt")["pixel_values"]))
-            except Exception as error:  # as in decode_image: one image's fault, whatever its type
-                reasons.append(f"{type(error).__name__}: {error}")
-        if not usable:
-            return None, [], reasons
-        return torch.cat([pixels for _, pixels in usable]), [index for index, _ in usable], reasons
+        parts.append(image_processor([image for _, image in images], return_tensors="pt")["pixel_values"])
+        kept.extend(index for index, _ in images)
+    except Exception as error:  # as in decode_image: one image's fault, whatever its type
+        if len(images) == 1:
+            reasons.append(f"{type(error).__name__}: {error}")
+            return
+        for pair in images:
+            _preprocess([pair], image_processor, parts, kept, reasons)
 
 
 def _start_tokens(labels: Sequence[Any], config: Any, first_row: int) -> np.ndarray:
     """Class tokens (b,) of the labels; the null token where there is none."""
-    tokens = np.full(len(labels), config.null_token_id, dtype=np.int64)
+    tokens, class_tokens = np.full(len(labels), config.null_token_id, dtype=np.int64), config.class_token_ids
     for position, label in enumerate(labels):
         if label is None or label == -1:
             continue
@@ -380,7 +409,7 @@ def _start_tokens(labels: Sequence[Any], config: Any, first_row: int) -> np.ndar
                 f"label {label!r} near row {first_row + position} is not in 0..{config.num_classes - 1};"
                 " use a model with enough classes, or map the labels."
             )
-        tokens[position] = config.class_token_ids[label]
+        tokens[position] = class_tokens[label]
     return tokens
 
 

@@ -7,7 +7,7 @@ does not cover).
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
+from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
 
 from .privacy.budget import ADJACENCY, accountant_version, event_to_dict
@@ -26,16 +26,16 @@ from .privacy.ledger import PrivacyLedger
 from .privacy.mechanism import NoisyClippedMean
 from .privacy.noise import describe_randomness
 from .privacy.sampling import PoissonSampler
+from .quiet_trainer import QuietTrainer
 from .training_args import DPTrainingArguments
 
 LEDGER = "privacy_ledger.jsonl"
 _STATE = "privacy_state.json"
 _AVERAGE = "averaged_weights.safetensors"
-_PUBLIC_LOGS = {"learning_rate", "epoch", "train_runtime", "train_steps_per_second"}
 _SOFTWARE = ("hf_spectral_dp", "torch", "transformers", "dp-accounting", "randomgen", "peft")
 
 
-class DPTrainer(Trainer):
+class DPTrainer(QuietTrainer):
     """Trains a causal language model with differential privacy.
 
     Args:
@@ -90,7 +90,7 @@ class DPTrainer(Trainer):
         self._average = {name: value.float().clone() for name, value in self._public.items()} if args.ema_decay else {}
         self._mechanism = NoisyClippedMean(
             self._clipper, self.plan.noise_multiplier, self.plan.expected_batch_size, args.micro_batch_size,
-            args.process_index, args.world_size,
+            args.process_index, args.world_size, self.args.device, args.secure_mode,
         )  # fmt: skip
         self._noise = self._mechanism.noise
         self._ledger: PrivacyLedger | None = None  # held by the first process only
@@ -115,6 +115,7 @@ class DPTrainer(Trainer):
             LedgerError: a new run in a folder that already holds a ledger, or a resumed run whose ledger is missing,
                 altered, or of another plan or data set.
         """
+        self.check_quiet()
         found = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
         if resume_from_checkpoint and not found:
             raise ValueError(f"output_dir={self.args.output_dir!r} holds no checkpoint to resume from.")
@@ -131,7 +132,7 @@ class DPTrainer(Trainer):
             if self._ledger is not None:
                 self._ledger.close()
         self._postprocess()
-        return TrainOutput(output.global_step, float("nan"), self._publishable(output.metrics))
+        return TrainOutput(output.global_step, float("nan"), self.publishable(output.metrics))
 
     def get_train_dataloader(self) -> "_PoissonLoader":
         """One item per step: the rows of one Poisson batch of this process, {"input_ids": (b, 1 + T)}; b may be 0."""
@@ -156,21 +157,9 @@ class DPTrainer(Trainer):
 
     def _losses(self, model: Any, rows: Tensor) -> Tensor:
         with self.compute_loss_context_manager():
-            return model.per_example_loss(rows.to(self.args.device))
-
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> None:
-        """Not logged: it would say little, being nearly all noise."""
-
-    def floating_point_ops(self, inputs: Any) -> int:
-        """0: a count by realised batches would publish their sizes."""
-        return 0
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Logs what is public, and the epsilon spent so far."""
-        super().log({**self._publishable(logs), "epsilon": self.epsilon_spent}, None)
-
-    def _publishable(self, logs: Mapping[str, float]) -> dict[str, float]:
-        return {key: value for key, value in logs.items() if key in _PUBLIC_LOGS}
+            losses = model.per_example_loss(rows.to(self.args.device))
+        self.note(losses)
+        return losses
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -192,6 +181,8 @@ class DPTrainer(Trainer):
             "clipping_norm": self.args.clipping_norm,
             "data": str(self.train_dataset.fingerprint),
             "trainable": sorted(self._clipper.parameters),
+            "noise": self._noise.source,
+            "log_private_loss": self.args.log_private_loss,
         }
         if checkpoint is None:
             return PrivacyLedger.create(folder / LEDGER, header, self.plan.steps)
@@ -283,7 +274,7 @@ class DPTrainer(Trainer):
                 "planned_steps": plan.steps,
                 "charged_steps": charged,
                 "normalisation": "noisy clipped sum divided by the public expected batch size",
-                "randomness": describe_randomness(),
+                "randomness": describe_randomness(self._noise.source),
                 "event": event_to_dict(plan.event(charged)),
             },
             "training": {
@@ -293,6 +284,7 @@ class DPTrainer(Trainer):
                 "learning_rate": args.learning_rate,
                 "lr_scheduler": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
                 "processes": args.world_size,
+                "private_loss_logged": args.log_private_loss,
             },
             "post_processing": post_processing,
             "ledger": {"records": charged, "head": self._head},

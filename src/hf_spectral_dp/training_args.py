@@ -1,11 +1,25 @@
 """What a user asks of a private training run; everything else is `transformers.TrainingArguments`."""
 
 import math
+import os
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
 
 from .privacy.budget import PrivacyBudget, PrivacyPlan
+
+# The trackers of transformers that can upload checkpoints: the variable that decides, and what holds without it.
+_UPLOADS = {
+    "wandb": ("WANDB_LOG_MODEL", "false"),
+    "comet_ml": ("COMET_LOG_ASSETS", "false"),
+    "mlflow": ("HF_MLFLOW_LOG_ARTIFACTS", "false"),
+    "dagshub": ("HF_DAGSHUB_LOG_ARTIFACTS", "false"),
+    "clearml": ("CLEARML_LOG_MODEL", "true"),
+    "dvclive": ("HF_DVCLIVE_LOG_MODEL", "false"),
+    "swanlab": ("SWANLAB_LOG_MODEL", "false"),
+}
+_OFF = ("", "0", "false", "f", "n", "no", "none", "off")
 
 
 @dataclass
@@ -51,6 +65,18 @@ class DPTrainingArguments(TrainingArguments):
         default=0, metadata={"help": "Train low-rank adapters of this rank on all linear layers (PEFT); 0 trains all."}
     )
 
+    secure_mode: bool = field(
+        default=False,
+        metadata={
+            "help": "On a GPU, draw the noise on the CPU by a cryptographic generator; slower. Without it the GPU's own"
+            " fast generator draws it, keyed by the operating system. On a CPU the cryptographic one is always used."
+        },
+    )
+    log_private_loss: bool = field(
+        default=False,
+        metadata={"help": "Log the mean loss of private rows. The guarantee does not cover it, and the card says so."},
+    )
+
     def __post_init__(self):
         # One loader item is one Poisson batch, one DP event and one optimizer step.
         self.max_grad_norm = 0.0  # each example is clipped instead; clipping the noisy mean again would only add bias
@@ -81,9 +107,10 @@ class DPTrainingArguments(TrainingArguments):
             )
         if self.lora_rank < 0:
             raise ValueError(f"lora_rank={self.lora_rank} must be 0 (train all weights) or positive.")
-        self._refuse_what_breaks_the_guarantee()
+        self.refuse_what_breaks_the_guarantee()
 
-    def _refuse_what_breaks_the_guarantee(self) -> None:
+    def refuse_what_breaks_the_guarantee(self) -> None:
+        """Raises ValueError for an option of transformers that cannot be used; also after arguments were changed."""
         refused = [
             ("gradient_accumulation_steps", 1, "one step is one Poisson batch; use a larger expected_batch_size"),
             ("fp16", False, "its loss scaling acts before clipping; use bf16=True or float32"),
@@ -92,12 +119,24 @@ class DPTrainingArguments(TrainingArguments):
             ("do_eval", False, "a loss on private data is not covered; evaluate the images the model generates"),
             ("push_to_hub", False, "checkpoints hold optimizer states; publish the finished pipeline instead"),
             ("label_smoothing_factor", 0.0, "it is not applied to the per-example loss"),
+            ("include_num_input_tokens_seen", "no", "the count of tokens is that of the rows in the batches drawn"),
         ]
         for name, allowed, reason in refused:
             if getattr(self, name, allowed) != allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} cannot be used with DPTrainer: {reason}.")
         if self.deepspeed or self.fsdp:
             raise ValueError("deepspeed and fsdp are not supported by DPTrainer: run plain data parallelism instead.")
+        for tracker, (variable, default) in _UPLOADS.items():
+            value = os.environ.get(variable, default)
+            if tracker in self.report_to and value.lower() not in _OFF:
+                raise ValueError(
+                    f"{variable}={value!r} lets {tracker} upload checkpoints, which hold optimizer states; set"
+                    f" {variable}=false."
+                )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled, into `training_args.bin` for instance: all but tokens of the Hub, which are passwords."""
+        return {name: None if name.endswith("_token") else value for name, value in self.__dict__.items()}
 
     def plan(self, num_examples: int) -> PrivacyPlan:
         """The calibrated plan for that many private rows: how much noise this run needs.

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -19,6 +20,7 @@ class NoisyClippedMean:
         divisor: a public constant, usually the expected batch size; never the size of the batch drawn.
         micro_batch_size: examples per forward pass; changes memory and speed only.
         rank, world_size: this process among those that hold a part of the batch each.
+        device, secure_mode: where the sums lie and which generator the noise comes from; see `GaussianNoise`.
 
     Formal guarantee: for a batch that is given, the releases of all parameters together are the Gaussian mechanism
     with `noise_multiplier` under adding or removing one example: the sum moves by at most `clipper.sensitivity`
@@ -38,11 +40,13 @@ class NoisyClippedMean:
         micro_batch_size: int,
         rank: int = 0,
         world_size: int = 1,
+        device: torch.device | str = "cpu",
+        secure_mode: bool = False,
     ):
         if not 0 < divisor < float("inf"):
             raise ValueError(f"divisor={divisor} must be positive and finite: the public expected batch size.")
         self.clipper = clipper
-        self.noise = GaussianNoise(noise_multiplier * clipper.sensitivity)
+        self.noise = GaussianNoise(noise_multiplier * clipper.sensitivity, device, secure_mode)
         self.divisor = divisor
         self.micro_batch_size = micro_batch_size
         self._rank, self._world_size = rank, world_size

@@ -1,4 +1,4 @@
-"""Gaussian noise that nobody can subtract: drawn from a cipher whose key only the operating system ever knew.
+"""Gaussian noise that nobody can subtract: drawn by a generator whose key only the operating system ever knew.
 
 Threat model. The adversary sees everything that is published (weights, card, logs, code, every `seed`), may know all
 training rows but one, and has unlimited time for statistics. It does not read the memory of the training process,
@@ -11,6 +11,13 @@ measure its timing, or break AES-128 or ChaCha20. Under that model the noise mus
 * a forked child is re-keyed, since parent and child would otherwise draw the same noise (forks made by `os.fork`,
   as `multiprocessing` makes them; a C library that forks by itself and then runs Python goes unnoticed).
 
+On a GPU the default is weaker, and the privacy report says so: the noise comes from torch's Philox4x32-10, a fast
+counter-based generator that was made for statistics and not against an adversary. Its key has 64 bits, fresh from
+`os.urandom` for every step and dropped after it, and its draws are independent standard normals as far as anybody
+knows. The adversary must then neither distinguish Philox from random bits nor try 2^64 keys, for each step again.
+`secure_mode` draws on the CPU by the cipher instead, as is done for every device but a GPU in any case. Which rows
+enter a batch is always decided by the cipher.
+
 Known limit: floating-point numbers cannot represent a continuous Gaussian, and the gaps between those that occur may
 tell sums apart (Mironov, CCS 2012). Drawing and adding in float64 and rounding once to the tensor's type narrows this;
 it does not prove it away. The guarantee is that of the real-valued mechanism.
@@ -19,9 +26,9 @@ it does not prove it away. The guarantee is that of the real-valued mechanism.
 import math
 import os
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -29,6 +36,7 @@ from randomgen import AESCounter, ChaCha
 from torch import Tensor
 
 _CHUNK = 1 << 20  # values drawn at once: 8 MiB of float64
+_PHILOX_DEVICES = ("cuda",)  # where torch.Generator is Philox; on the CPU it is a Mersenne twister of a 32-bit seed
 
 
 class _Secret:
@@ -90,12 +98,28 @@ def system_generator() -> np.random.Generator:
     return _SystemGenerator()
 
 
-def describe_randomness() -> dict[str, str]:
-    """Where the randomness of noise and sampling comes from, in words for the privacy report."""
+def noise_source(device: torch.device | str = "cpu", secure_mode: bool = False) -> Literal["cipher", "philox"]:
+    """What draws the noise of tensors on `device`: the cipher, or on a GPU without `secure_mode` torch's Philox."""
+    return "philox" if torch.device(device).type in _PHILOX_DEVICES and not secure_mode else "cipher"
+
+
+def describe_randomness(source: Literal["cipher", "philox"] = "cipher") -> dict[str, str]:
+    """Where the randomness of noise and sampling comes from, in words for the privacy report.
+
+    Args:
+        source: what drew the noise, `GaussianNoise.source`.
+    """
     cipher: Any = _cipher()
+    generator = f"{cipher.description} (randomgen {metadata.version('randomgen')})"
+    key = f"{8 * cipher.key_bytes} bits from os.urandom for every generator, process and resume; never saved"
+    noise, noise_key = generator, key
+    if source == "philox":
+        noise = f"Philox4x32-10 on the GPU (torch {metadata.version('torch')}): fast, not a cryptographic generator"
+        noise_key = "64 bits from os.urandom, new for every step; never saved"
     return {
-        "generator": f"{cipher.description} (randomgen {metadata.version('randomgen')})",
-        "key": f"{8 * cipher.key_bytes} bits from os.urandom for every generator, process and resume; never saved",
+        "generator": noise,
+        "key": noise_key,
+        "sampling": f"{generator}; key of {key}",
         "arithmetic": "noise drawn and added in float64, rounded once to the type of the gradient",
         "known_limit": "floating-point Gaussian (Mironov 2012): the guarantee is that of real-valued noise",
     }
@@ -119,35 +143,50 @@ class GaussianNoise:
         noise_multiplier * C. Then f + noise is the Gaussian mechanism with that noise multiplier (Dwork and Roth 2014,
         Appendix A), for the adjacency in which C holds. Assumptions: every entry of f passes through `add_` exactly
         once, in one call on one rank; the generator is the default one; arithmetic is real-valued (see the module).
+        With `source` "philox" it holds against an adversary who cannot tell Philox under a random 64-bit key from
+        random bits; calls have independent keys, so that breaking one step's noise does not uncover another's.
 
     Args:
         standard_deviation: >= 0 and finite, in the unit of the tensors; 0 adds nothing (the non-private twin).
+        device: where the tensors lie.
+        secure_mode: draw by the cipher on every device, a GPU included.
         generator: for tests only. Left out, it is a `system_generator()`; anything else voids the guarantee.
+
+    Attributes:
+        source: "cipher" or "philox": what draws the noise, for `describe_randomness`.
 
     Raises:
         ValueError: standard_deviation is negative, infinite or not a number.
     """
 
-    def __init__(self, standard_deviation: float, generator: np.random.Generator | None = None):
+    def __init__(
+        self,
+        standard_deviation: float,
+        device: torch.device | str = "cpu",
+        secure_mode: bool = False,
+        generator: np.random.Generator | None = None,
+    ):
         if not 0 <= standard_deviation < math.inf:
             raise ValueError(
                 f"standard_deviation={standard_deviation} must be finite and >= 0; it is the noise multiplier of the"
                 " plan times the clipping norm."
             )
         self.standard_deviation = float(standard_deviation)
+        self.device = torch.device(device)
+        self.source = noise_source(device, secure_mode)
         self._generator = system_generator() if generator is None else generator
 
     @torch.no_grad()
     def add_(self, tensors: Iterable[Tensor]) -> None:
-        """Adds fresh noise in place, with the same law on any device: drawn and added on the CPU in float64.
+        """Adds fresh noise in place, drawn and added in float64, with the same law on any device.
 
         Args:
-            tensors: dense float32 or float64 tensors of any shape and strides, each once. Memory beyond them is
-                bounded by a few tens of MiB.
+            tensors: dense float32 or float64 tensors of any shape and strides on `device`, each once. Memory beyond
+                them is bounded by a few tens of MiB.
 
         Raises:
-            TypeError: a tensor is not dense or of another type (half precision would round the noise away). All are
-                checked before the first is changed.
+            TypeError: a tensor is not dense, of another type (half precision would round the noise away), or on another
+                kind of device than the one that `source` was chosen for. All are checked before the first is changed.
         """
         tensors = list(tensors)
         for index, tensor in enumerate(tensors):
@@ -158,7 +197,32 @@ class GaussianNoise:
                     f"tensors[{index}] ({kind}) must be a dense float32 or float64 tensor; accumulate the clipped sum"
                     " in float32."
                 )
+            if tensor.device.type != self.device.type:
+                raise TypeError(
+                    f"tensors[{index}] lies on {tensor.device}, but the noise was announced for {self.device}; make a"
+                    " GaussianNoise for that device."
+                )
+        draw = self._philox() if self.source == "philox" else self._cipher
         for tensor in tensors:
             for piece in _pieces(tensor):
-                noise = torch.from_numpy(self._generator.standard_normal(piece.numel())).view(piece.shape)
-                piece.copy_(noise.mul_(self.standard_deviation).add_(piece.cpu()))
+                noise = draw(piece)
+                piece.copy_(noise.mul_(self.standard_deviation).add_(piece.to(noise.device)))
+
+    def _cipher(self, like: Tensor) -> Tensor:
+        """Standard normals of the shape of a tensor, float64, on the CPU."""
+        return torch.from_numpy(self._generator.standard_normal(like.numel())).view(like.shape)
+
+    @staticmethod
+    def _philox() -> Callable[[Tensor], Tensor]:
+        """As `_cipher`, drawn where the tensor lies, by generators that live as long as one call and have its keys."""
+        generators: dict[torch.device, torch.Generator] = {}
+
+        def draw(like: Tensor) -> Tensor:
+            if like.device not in generators:
+                generators[like.device] = torch.Generator(like.device)
+                generators[like.device].manual_seed(int.from_bytes(os.urandom(8), "little"))
+            # float64 also because its uniforms reach far: normals from 32 bits end at 6.7 standard deviations.
+            drawn = torch.empty(like.shape, dtype=torch.float64, device=like.device)
+            return drawn.normal_(generator=generators[like.device])
+
+        return draw

@@ -1,0 +1,91 @@
+"""What the noise costs: drawing it, as a share of a whole step of the demo's model at the demo's batch size.
+
+A step here is what the mechanism does: clipped per-example gradients of one expected batch, micro-batch by micro-batch,
+and the noise on their sum (the optimizer comes on top and would make the share smaller). Both ciphers, and the path of
+GPUs where there is one; medians of interleaved rounds, so that a slow moment of the machine hits all.
+"""
+
+import argparse
+import importlib.resources
+import statistics
+import time
+
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+import hf_spectral_dp  # noqa: F401  (registers the model with the Auto classes)
+from benchmarks.report import write_report
+from hf_spectral_dp.privacy import noise
+from hf_spectral_dp.privacy.clipping import PerExampleClipper
+from hf_spectral_dp.privacy.noise import GaussianNoise, describe_randomness
+
+
+def seconds(work, device: str) -> float:
+    start = time.perf_counter()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer rounds; ends within 50 seconds on two cores")
+    parser.add_argument("--out", help="file for the JSON report")
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    with open("examples/configs/demo.yaml", encoding="utf-8") as file:
+        training = yaml.safe_load(file)["training"]
+    batch, micro = training["expected_batch_size"], training["micro_batch_size"]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    checkpoint = importlib.resources.files("hf_spectral_dp") / "checkpoints" / "digits"
+    model = AutoModelForCausalLM.from_pretrained(str(checkpoint)).train().to(device)
+    layout = model.config.layout
+    scales = [layout.scales[index] for index in layout.scale_of_position]
+    columns = [torch.randint(0, scale.codes, (batch,)) + scale.first_id for scale in scales]
+    rows = torch.stack([torch.randint(0, 10, (batch,)) + layout.codes, *columns], 1).to(device)
+    clipper = PerExampleClipper(model, training["clipping_norm"])
+    sums = clipper.take()
+
+    def step() -> None:
+        for part in rows.split(micro):
+            clipper.add(lambda part=part: model.per_example_loss(part), len(part))
+        clipper.take()
+
+    ways: list[tuple[GaussianNoise, str]] = []
+    fastest = noise._cipher()
+    for cipher in (noise._AesCounter, noise._ChaCha20):
+        noise._cipher = lambda cipher=cipher: cipher
+        mechanism = GaussianNoise(1.0, device, secure_mode=True)
+        name = describe_randomness(mechanism.source)["generator"]
+        ways.append((mechanism, name + (" (default)" if cipher is fastest and device == "cpu" else "")))
+    if device == "cuda":
+        mechanism = GaussianNoise(1.0, device)
+        ways.append((mechanism, describe_randomness(mechanism.source)["generator"] + " (default)"))
+
+    step_seconds: list[float] = []
+    noise_seconds: list[list[float]] = [[] for _ in ways]
+    for _ in range(3 if arguments.quick else 21):
+        step_seconds.append(seconds(step, device))
+        for (mechanism, _), times in zip(ways, noise_seconds, strict=True):
+            times.append(seconds(lambda mechanism=mechanism: mechanism.add_(sums.values()), device))
+    whole = statistics.median(step_seconds)
+    report = [
+        {
+            "method": name,
+            "parameters": sum(total.numel() for total in sums.values()),
+            "batch": batch,
+            "noise_ms": round(1e3 * statistics.median(times), 2),
+            "clipped_sum_ms": round(1e3 * whole, 1),
+            "share_of_step": round(statistics.median(times) / (whole + statistics.median(times)), 4),
+        }
+        for (_, name), times in zip(ways, noise_seconds, strict=True)
+    ]
+    write_report("python -m benchmarks.noise" + " --quick" * arguments.quick, report, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
