@@ -20,6 +20,7 @@ ORDER = [
     "image_sources",
     "token_store",
     "privacy",
+    "checkpoint_files",
     "training_args",
     "trainer",
     "super_resolution",

@@ -6,8 +6,9 @@ add up clipped per-example gradients, add noise once, write `p.grad`) and what i
 does not cover).
 """
 
-import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -19,8 +20,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
 
+from .checkpoint_files import CheckpointError, clear_staging, newest_whole, publish, rotate, staging, verify
 from .privacy.budget import ADJACENCY, accountant_version, event_to_dict
 from .privacy.clipping import PerExampleClipper
 from .privacy.ledger import PrivacyLedger
@@ -28,8 +30,9 @@ from .privacy.noise import GaussianNoise, describe_randomness
 from .privacy.sampling import PoissonSampler
 from .training_args import DPTrainingArguments
 
+logger = logging.getLogger(__name__)
+
 LEDGER = "privacy_ledger.jsonl"
-_STATE = "privacy_state.json"
 _AVERAGE = "averaged_weights.safetensors"
 _PUBLIC_LOGS = {"learning_rate", "epoch", "train_runtime", "train_steps_per_second"}
 _SOFTWARE = ("hf_spectral_dp", "torch", "transformers", "dp-accounting", "randomgen", "peft")
@@ -92,9 +95,11 @@ class DPTrainer(Trainer):
         self._ledger: PrivacyLedger | None = None  # held by the first process only
         self._charged = 0
         self._head = ""
+        self._staging: Path | None = None  # where a checkpoint is being written
         self.remove_callback(ProgressCallback)
         if not args.disable_tqdm:
             self.add_callback(_EpsilonBar(self.plan.target_epsilon))
+        self.add_callback(_SaveAtTheEnd())
         if self._average:
             self.add_callback(_Averaging(self._follow))
 
@@ -104,24 +109,24 @@ class DPTrainer(Trainer):
         """Trains, then applies `ema_decay` and `public_interpolation` to the weights of `self.model`.
 
         Args:
-            resume_from_checkpoint: a checkpoint folder, or True for the last one of `output_dir`. The ledger of the
-                first run goes on; steps that a crash lost stay paid.
+            resume_from_checkpoint: a checkpoint folder, or True for the newest whole one of `output_dir`; True also
+                goes on where a ledger is but no checkpoint yet, from the weights of `model`. The ledger of the first
+                run goes on: steps that a crash lost stay paid, and repeated ones draw fresh rows and fresh noise.
 
         Raises:
             LedgerError: a new run in a folder that already holds a ledger, or a resumed run whose ledger is missing,
-                altered, or of another plan or data set.
+                altered, behind the checkpoint, or of another plan or data set.
+            CheckpointError: the checkpoint to resume from is damaged, or one could not be saved.
         """
-        found = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
-        if resume_from_checkpoint and not found:
-            raise ValueError(f"output_dir={self.args.output_dir!r} holds no checkpoint to resume from.")
-        checkpoint = Path(str(found)) if found else None
-        if self.is_world_process_zero():
-            self._ledger = self._open_ledger(checkpoint)
-            self._charged, self._head = self._ledger.charged, self._ledger.head
+        step = self._on_first(lambda: self._begin(resume_from_checkpoint))
         self._charged = self._from_first(self._charged)
-        if checkpoint is not None and self._average:
-            self._average = load_file(checkpoint / _AVERAGE)
+        if resume_from_checkpoint is True:
+            checkpoint = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}" if step else None
+        else:
+            checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         try:
+            if checkpoint is not None and self._average:
+                self._average = load_file(checkpoint / _AVERAGE)
             output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
         finally:
             if self._ledger is not None:
@@ -145,9 +150,13 @@ class DPTrainer(Trainer):
         model.train()
         bare = self.accelerator.unwrap_model(model)  # no gradient reaches autograd, so DDP has nothing to reduce
         self._charge()
-        for rows in inputs["input_ids"].split(self.args.micro_batch_size):
-            self._clipper.add(partial(self._losses, bare, rows.to(self.args.device)), len(rows))
-        sums = self._clipper.take()
+        try:
+            for rows in inputs["input_ids"].split(self.args.micro_batch_size):
+                self._clipper.add(partial(self._losses, bare, rows.to(self.args.device)), len(rows))
+            sums = self._clipper.take()
+        except BaseException:
+            self._clipper.take()  # if this process trains again, no example may count in two sums
+            raise
         if self.is_world_process_zero():
             self._noise.add_(sums.values())
         if self.args.world_size > 1:
@@ -168,6 +177,9 @@ class DPTrainer(Trainer):
         """0: a count by realised batches would publish their sizes."""
         return 0
 
+    def store_flos(self) -> None:
+        """Nothing to store, and no word between processes about it while one of them saves."""
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs what is public, and the epsilon spent so far."""
         super().log({**self._publishable(logs), "epsilon": self.epsilon_spent}, None)
@@ -175,52 +187,102 @@ class DPTrainer(Trainer):
     def _publishable(self, logs: Mapping[str, float]) -> dict[str, float]:
         return {key: value for key, value in logs.items() if key in _PUBLIC_LOGS}
 
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging or super()._get_output_dir(trial))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Not saved: a resumed run draws fresh batches and fresh noise, so nothing could be repeated with it."""
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if not self.args.should_save:
-            return
-        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self._average:
-            save_file(self._average, folder / _AVERAGE)
-        # Last, so that a checkpoint without this file is known to be incomplete.
-        (folder / _STATE).write_text(json.dumps({"ledger_head": self._head, "charged": self._charged}), "utf-8")
+        """Saves to a hidden folder and puts the whole checkpoint in place by one rename; see `checkpoint_files`."""
+        self._on_first(lambda: self._save_whole(model, trial))
+
+    def _save_whole(self, model: nn.Module, trial: Any) -> int:
+        folder = Path(self.args.output_dir)
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            self._staging = staging(folder)
+            super()._save_checkpoint(model, trial)
+            if self._average:
+                save_file(self._average, self._staging / name / _AVERAGE)
+            publish(self._staging / name, folder / name, ledger_head=self._head, charged=self._charged)
+            clear_staging(folder)
+        except Exception as error:  # OSError, or what torch and safetensors make of it
+            with suppress(OSError):
+                clear_staging(folder)
+            raise CheckpointError(
+                f"{folder / name} could not be saved ({error}); nothing half-written counts as a checkpoint, and the"
+                " ones before it are as they were. Make room or mend the disk, then go on from the last one with"
+                " resume_from_checkpoint=True."
+            ) from error
+        finally:
+            self._staging = None
+        rotate(folder, self.args.save_total_limit)
+        return 0
 
     # -- the mechanism -------------------------------------------------------------------------------------------
 
-    def _open_ledger(self, checkpoint: Path | None) -> PrivacyLedger:
+    def _begin(self, resume: str | bool | None) -> int:
+        """Verifies what to resume from, then opens or creates the ledger; on the first process.
+
+        Returns:
+            The step of the checkpoint that resume=True found, 0 if there is none yet or it was not asked for.
+        """
         folder = Path(self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
+        path, state = None, None
+        if resume is True:
+            path, state = newest_whole(folder) or (None, None)
+            if path is None and not (folder / LEDGER).exists():
+                raise ValueError(f"output_dir={self.args.output_dir!r} holds no checkpoint to resume from, no ledger.")
+        elif resume:
+            path = Path(resume)
+            state = verify(path)
+        if state is not None and self._average and _AVERAGE not in state["files"]:
+            raise CheckpointError(f"{path} holds no averaged weights; resume with ema_decay=0, as it was saved.")
         header = {
             "plan": self.plan.to_dict(),
             "clipping_norm": self.args.clipping_norm,
             "data": str(self.train_dataset.fingerprint),
-            "trainable": sorted(self._clipper.parameters),
+            "trainable": {name: list(parameter.shape) for name, parameter in self._clipper.parameters.items()},
         }
-        if checkpoint is None:
-            return PrivacyLedger.create(folder / LEDGER, header, self.plan.steps)
-        try:
-            state = json.loads((checkpoint / _STATE).read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"checkpoint {checkpoint} is incomplete: no readable {_STATE}; resume from an earlier one."
-            ) from error
-        return PrivacyLedger.open(folder / LEDGER, header, self.plan.steps, expected_head=state["ledger_head"])
+        if resume:
+            head = state["ledger_head"] if state else None
+            self._ledger = PrivacyLedger.open(folder / LEDGER, header, self.plan.steps, expected_head=head)
+            clear_staging(folder)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._ledger = PrivacyLedger.create(folder / LEDGER, header, self.plan.steps)
+        self._charged, self._head = self._ledger.charged, self._ledger.head
+        if resume and path is None:
+            logger.warning("no checkpoint yet: %d charged steps are lost, and stay paid", self._charged)
+        return int(path.name.rpartition("-")[2]) if resume is True and path else 0
 
     def _charge(self) -> None:
         """Pays for the coming release, durably, before its noise is drawn; all processes wait for it."""
+
+        def charge() -> int:
+            assert self._ledger is not None
+            charged = self._ledger.charge()
+            self._head = self._ledger.head
+            return charged
+
+        self._charged = self._on_first(charge)
+
+    def _on_first(self, action: Callable[[], int]) -> int:
+        """What `action` returns on the first process (>= 0), on all processes; if it fails there, all of them fail."""
         failure: Exception | None = None
-        charged = -1
-        if self._ledger is not None:
+        value = -1
+        if self.is_world_process_zero():
             try:
-                charged, self._head = self._ledger.charge(), self._ledger.head
+                value = action()
             except Exception as error:
                 failure = error
-        charged = self._from_first(charged)
+        value = self._from_first(value)
         if failure is not None:
             raise failure
-        if charged < 0:
-            raise RuntimeError("the first process could not charge the privacy ledger; see its error.")
-        self._charged = charged
+        if value < 0:
+            raise RuntimeError("the first process failed; see its error.")
+        return value
 
     def _from_first(self, value: int) -> int:
         """The first process's value, on all processes."""
@@ -327,6 +389,23 @@ class _Averaging(TrainerCallback):
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self._follow()
+
+
+class _SaveAtTheEnd(TrainerCallback):
+    """Saves the last step of a run that crashes made shorter than planned; transformers saves only the planned one."""
+
+    def __init__(self) -> None:
+        self._saved = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._saved = state.global_step
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._saved = state.global_step
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.save_strategy != SaveStrategy.NO and state.global_step > self._saved:
+            control.should_save = True
 
 
 class _EpsilonBar(ProgressCallback):
