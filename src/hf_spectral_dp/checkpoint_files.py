@@ -109,7 +109,11 @@ def newest_whole(output_dir: Path) -> tuple[Path, dict[str, Any]] | None:
     """
     reasons = []
     readable = []
-    for checkpoint in _checkpoints(output_dir):
+    try:
+        checkpoints = _checkpoints(output_dir)
+    except OSError as error:
+        raise CheckpointError(f"{output_dir} cannot be searched for checkpoints ({error.strerror})") from error
+    for checkpoint in checkpoints:
         try:
             readable.append((_read_state(checkpoint)["charged"], checkpoint))
         except CheckpointError as error:
@@ -141,17 +145,17 @@ def rotate(output_dir: Path, limit: int | None) -> None:
     if not limit or limit < 0:
         return
     ours = []
-    for checkpoint in _checkpoints(output_dir):
-        try:
-            ours.append((_read_state(checkpoint)["charged"], checkpoint))
-        except CheckpointError as error:
-            logger.warning("not counted in save_total_limit=%d: %s", limit, error)
     try:
+        for checkpoint in _checkpoints(output_dir):
+            try:
+                ours.append((_read_state(checkpoint)["charged"], checkpoint))
+            except CheckpointError as error:
+                logger.warning("not counted in save_total_limit=%d: %s", limit, error)
         for _, checkpoint in sorted(ours)[:-limit]:
             checkpoint.rename(staging(output_dir) / "deleted")
             clear_staging(output_dir)
     except OSError as error:
-        logger.warning("save_total_limit=%d: an older checkpoint could not be deleted: %s", limit, error)
+        logger.warning("save_total_limit=%d: an older checkpoint could not be deleted (%s)", limit, error)
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:

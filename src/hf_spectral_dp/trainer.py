@@ -206,10 +206,7 @@ class DPTrainer(Trainer):
             if self._average:
                 save_file(self._average, self._staging / name / _AVERAGE)
             publish(self._staging / name, folder / name, ledger_head=self._head, charged=self._charged)
-            clear_staging(folder)
         except Exception as error:  # OSError, or what torch and safetensors make of it
-            with suppress(OSError):
-                clear_staging(folder)
             raise CheckpointError(
                 f"{folder / name} could not be saved ({error}); nothing half-written counts as a checkpoint, and the"
                 " ones before it are as they were. Make room or mend the disk, then go on from the last one with"
@@ -217,6 +214,8 @@ class DPTrainer(Trainer):
             ) from error
         finally:
             self._staging = None
+            with suppress(OSError):  # if not now, then at the next save
+                clear_staging(folder)
         rotate(folder, self.args.save_total_limit)
         return 0
 
