@@ -302,7 +302,7 @@ class DPTrainer(Trainer):
         for name, parameter in self._clipper.parameters.items():
             public = self._public[name].float()
             trained = self._average[name] if self._average else parameter.float()
-            parameter.copy_(public + self.args.public_interpolation * (trained - public))
+            parameter.copy_(public.lerp(trained, self.args.public_interpolation))  # 1 gives `trained` to the bit
 
     # -- results -------------------------------------------------------------------------------------------------
 
