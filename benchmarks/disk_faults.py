@@ -213,6 +213,18 @@ def own_mounts() -> bool:
     return _mount("none", Path("/"), None, _REC_PRIVATE)
 
 
+def may_mount(base: Path) -> bool:
+    """Can a child of this process have a file system of its own? Tried in a child, for a half success is worse."""
+
+    def attempt() -> None:
+        folder = base / "mounted"
+        folder.mkdir(exist_ok=True)
+        assert own_mounts() and _mount("tmpfs", folder, "tmpfs", 0, "size=64k")
+        (folder / "file").write_bytes(b"")
+
+    return ended(start(attempt, base / "log")) == FINISHED
+
+
 @contextmanager
 def _only(free: int, folder: Path) -> Iterator[None]:
     """Leaves `free` bytes on the file system of `folder`."""
@@ -241,8 +253,9 @@ def _file_size_limit(limit: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def _full(folder: Path, base: Path) -> dict[str, Any]:
-    real = own_mounts() and _mount("tmpfs", folder, "tmpfs", 0, "size=1m")
+def _full(real: bool, folder: Path, base: Path) -> dict[str, Any]:
+    if real:
+        assert own_mounts() and _mount("tmpfs", folder, "tmpfs", 0, "size=1m")
     trainer, complaints, tried = before_a_save(folder), [], 0
     failed = True
     while failed:  # with a page more each time, until it fits
@@ -286,15 +299,14 @@ def _full_ledger(folder: Path) -> list[str]:
 def full_disk(base: Path) -> Row:
     """Saves with 0, 1, 2 ... free pages until one fits, and a ledger that meets the end of the disk."""
     with new_run(base) as folder:
-        answer = in_child(_full, folder, base)
+        answer = in_child(partial(_full, may_mount(base)), folder, base)
     return report("full disk", answer["tried"], answer["complaints"], how=answer.get("how", ""))
 
 
 def _read_only(folder: Path, base: Path) -> dict[str, Any]:
     trainer, complaints = before_a_save(folder), []
     # Over the folder, not in its place: the ledger is open on the mount below.
-    if not (own_mounts() and _mount(str(folder), folder, None, _BIND)):
-        return {"tried": 0, "complaints": [], "how": "not allowed to mount"}
+    assert own_mounts() and _mount(str(folder), folder, None, _BIND)
     _mount("none", folder, None, _BIND | _REMOUNT | _READ_ONLY)
     failed, wrong = save_fails(trainer, folder)
     if wrong or not failed:
@@ -311,6 +323,8 @@ def _read_only(folder: Path, base: Path) -> dict[str, Any]:
 
 def read_only_disk(base: Path) -> Row:
     """A folder that becomes read-only during a run: the save and every start are refused, and later it goes on."""
+    if not may_mount(base):
+        return report("read-only disk", 0, [], how="not allowed to mount")
     with new_run(base) as folder:
         answer = in_child(_read_only, folder, base)
         if wrong := goes_on(folder, base / "log"):

@@ -247,7 +247,8 @@ class DPTrainer(Trainer):
         if resume:
             head = state["ledger_head"] if state else None
             self._ledger = PrivacyLedger.open(folder / LEDGER, header, self.plan.steps, expected_head=head)
-            clear_staging(folder)
+            with suppress(OSError):  # if not now, then at the next save
+                clear_staging(folder)
         else:
             folder.mkdir(parents=True, exist_ok=True)
             self._ledger = PrivacyLedger.create(folder / LEDGER, header, self.plan.steps)
