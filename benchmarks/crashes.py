@@ -24,7 +24,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -39,7 +39,7 @@ from hf_spectral_dp.privacy.ledger import LedgerError, read_ledger
 from hf_spectral_dp.privacy.noise import GaussianNoise
 from hf_spectral_dp.trainer import LEDGER
 
-STEPS, EPSILON = 5, 1.0
+STEPS, EPSILON = 4, 1.0
 FINISHED, REFUSED, FAILED = 0, 3, 4
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # what a killed process wrote is there, flushed or not
 Row = dict[str, Any]
@@ -87,6 +87,11 @@ def arguments(folder: Path, **changes: Any) -> DPTrainingArguments:
 def trainer_in(folder: Path, **changes: Any) -> DPTrainer:
     chosen = config()
     return DPTrainer(SpectralTokenizerForCausalLM(chosen), arguments(folder, **changes), Rows(chosen))
+
+
+@cache
+def epsilon_after(steps: int) -> float:
+    return arguments(Path("unused")).plan(24).epsilon(steps)
 
 
 _applied = mmap.mmap(-1, 8)  # shared with children
@@ -159,9 +164,8 @@ def warm_up(folder: Path) -> float:
     """Imports what a run imports and computes what all runs share; returns the seconds that a run takes then."""
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)  # a forked child has the calling thread only
-    plan = arguments(folder).plan(24)
     for steps in range(STEPS + 1):
-        plan.epsilon(steps)
+        epsilon_after(steps)
     names = folder / "modules"
 
     def run() -> None:
@@ -324,9 +328,8 @@ def goes_on(folder: Path, log: Path) -> str:
     if wrong := complaint(folder):
         return f"after the end of a resumed run: {wrong}"
     charged = read_ledger(folder / LEDGER)["charged"]
-    epsilon = arguments(folder).plan(24).epsilon(charged)
-    if charged != STEPS or epsilon > EPSILON:
-        return f"{charged} of {STEPS} steps charged at the end, epsilon {epsilon}"
+    if charged != STEPS or epsilon_after(charged) > EPSILON:
+        return f"{charged} of {STEPS} steps charged at the end, epsilon {epsilon_after(charged)}"
     return "" if not (folder / ".incomplete").exists() else "leftovers of a save are never cleared"
 
 

@@ -13,6 +13,7 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -22,7 +23,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from benchmarks import crashes, disk_faults
-from benchmarks.crashes import FAILED, FINISHED, REFUSED, STEPS, Row, complaint, ended, new_run, start, trainer_in
+from benchmarks.crashes import FINISHED, REFUSED, STEPS, Row, complaint, ended, new_run, start, trainer_in
 from benchmarks.report import write_report
 from hf_spectral_dp.checkpoint_files import STATE, CheckpointError, verify
 from hf_spectral_dp.privacy import ledger as ledger_module
@@ -294,11 +295,11 @@ def schedule(path: Path, plan: PrivacyPlan) -> str:
     return ""
 
 
-def schedules(base: Path, count: int, plans: int) -> Row:
+def schedules(base: Path, count: int, plans: int, largest: float) -> Row:
     """Random plans with random crashes, torn records, crashes within the repair, and resumes: never over budget."""
     complaints, chosen = [], []
     for _ in range(plans):
-        budget = PrivacyBudget(random.choice((0.5, 1.0, 3.0, 8.0)))
+        budget = PrivacyBudget(random.uniform(0.3, largest))
         chosen.append(
             budget.calibrate(
                 num_examples=random.randint(10, 10**6),
@@ -375,7 +376,7 @@ def checks(quick: bool, seconds: float) -> list[Check]:
         partial(crashes.kill_at_random, kills=1000 if long else 50, seconds=seconds),
         partial(crashes.kill_at_named_points, rounds=10 if long else 1),
         disk_faults.io_error_at_every_call,
-        partial(schedules, count=10_000 if long else 500, plans=40 if long else 4),
+        partial(schedules, count=10_000 if long else 500, plans=40 if long else 3, largest=8.0 if long else 1.0),
         partial(flips_in_a_checkpoint, count=10_000 if long else 500),
         partial(flips_in_a_ledger, count=10_000 if long else 500),
         partial(cuts_of_a_checkpoint, lengths=500 if long else 20),
@@ -386,37 +387,41 @@ def checks(quick: bool, seconds: float) -> list[Check]:
         cuts_of_a_ledger,
         disk_faults.full_disk,
         disk_faults.read_only_disk,
+        # Further checks go here: anything that takes a folder to work in and returns a row.
     ]
 
 
 def run_all(work: list[Check], base: Path, workers: int) -> list[Row]:
-    """The rows of all checks, by `workers` processes that take one after the other."""
-    reading, writing = os.pipe()
-    os.write(writing, bytes(range(len(work))))
-    os.close(writing)
+    """The rows of all checks, each run in a child of its own, `workers` of them at a time."""
 
-    def run(place: int) -> None:
-        folder = base / f"worker-{place}"
+    def run(number: int) -> None:
+        folder = base / f"check-{number}"
         folder.mkdir()
         crashes.own_counter()
-        while number := os.read(reading, 1):
-            (base / f"row-{number[0]}").write_text(json.dumps(work[number[0]](folder)))
+        began = time.monotonic()
+        row = work[number](folder)
+        row["seconds"] = round(time.monotonic() - began, 1)
+        (folder / "row").write_text(json.dumps(row))
 
-    children = []
-    for place in range(workers):
-        child = os.fork()
-        if child == 0:
-            status = FAILED
-            try:
-                run(place)
-                status = FINISHED
-            finally:
-                sys.stderr.flush()
-                os._exit(status)
-        children.append(child)
-    if any(ended(child) != FINISHED for child in children):
-        raise SystemExit("a worker failed; see its error above.")
-    return [json.loads((base / f"row-{number}").read_text()) for number in range(len(work))]
+    started = running = 0
+    while started < len(work) or running:
+        if started < len(work) and running < workers:
+            if os.fork() == 0:
+                try:
+                    run(started)
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    sys.stderr.flush()
+                    os._exit(0)
+            started, running = started + 1, running + 1
+        else:
+            os.wait()
+            running -= 1
+    rows = [base / f"check-{number}" / "row" for number in range(len(work))]
+    if not all(row.exists() for row in rows):
+        raise SystemExit("a check ended without a result; see its error above.")
+    return [json.loads(row.read_text()) for row in rows]
 
 
 def main() -> None:

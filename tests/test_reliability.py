@@ -23,7 +23,7 @@ CHECKS = {
     "checkpoint cut, or a file missing or added": 500,
     "two processes, one ledger": 200,
     "two trainers, one folder": 3,
-    "resume from every checkpoint": 5,
+    "resume from every checkpoint": 4,
     "ledger cut at every byte of its last record": 200,
     "full disk": 10,
     "read-only disk": 0,  # no case where this process may not mount
@@ -87,7 +87,7 @@ def more_than_planned(base):
         ledger.max_charges += 1
         return ledger
     PrivacyLedger.open = classmethod(generous)
-    return reliability.schedules(base, 50, 1)
+    return reliability.schedules(base, 50, 1, 1.0)
 
 def no_lock(base):
     from hf_spectral_dp.privacy import ledger

@@ -15,7 +15,10 @@ from hf_spectral_dp.checkpoint_files import STATE, CheckpointError, verify
 from hf_spectral_dp.privacy.ledger import BudgetExhausted, LedgerError, read_ledger
 from hf_spectral_dp.trainer import LEDGER
 
-ARGS = {"save_strategy": "steps", "save_steps": 1, "target_epsilon": 1.0, "expected_batch_size": 30}
+ARGS = {
+    "save_strategy": "steps", "save_steps": 1, "logging_strategy": "no", "target_epsilon": 1.0,
+    "expected_batch_size": 30,
+}  # fmt: skip
 
 
 class Interrupt(TrainerCallback):
