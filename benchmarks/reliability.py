@@ -376,7 +376,7 @@ def checks(quick: bool, seconds: float) -> list[Check]:
         partial(crashes.kill_at_random, kills=1000 if long else 50, seconds=seconds),
         partial(crashes.kill_at_named_points, rounds=10 if long else 1),
         disk_faults.io_error_at_every_call,
-        partial(schedules, count=10_000 if long else 500, plans=40 if long else 3, largest=8.0 if long else 1.0),
+        partial(schedules, count=10_000 if long else 500, plans=20 if long else 3, largest=8.0 if long else 1.0),
         partial(flips_in_a_checkpoint, count=10_000 if long else 500),
         partial(flips_in_a_ledger, count=10_000 if long else 500),
         partial(cuts_of_a_checkpoint, lengths=500 if long else 20),
