@@ -21,6 +21,7 @@ ORDER = [
     "token_store",
     "privacy",
     "checkpoint_files",
+    "saving_trainer",
     "training_args",
     "trainer",
     "super_resolution",

@@ -36,7 +36,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks import crashes, disk_faults, reliability
-from hf_spectral_dp import checkpoint_files, trainer
+from hf_spectral_dp import checkpoint_files, saving_trainer, trainer
 from hf_spectral_dp.privacy.ledger import PrivacyLedger
 
 def point(name):
@@ -59,19 +59,19 @@ def forgotten_on_resume(base):
     return point("weights changed")(base)
 
 def saved_in_place(base):
-    trainer.staging = lambda folder: folder
-    trainer.publish = lambda staged, target, **facts: (staged / checkpoint_files.STATE).write_bytes(
+    saving_trainer.staging = lambda folder: folder
+    saving_trainer.publish = lambda staged, target, **facts: (staged / checkpoint_files.STATE).write_bytes(
         checkpoint_files._seal({"format": 1, "files": {}, **facts})
     )
-    trainer.clear_staging = lambda folder: None
+    saving_trainer.clear_staging = lambda folder: None
     return point("weights saved")(base)
 
 def rotated_first(base):
-    save = trainer.DPTrainer._save_whole
+    save = saving_trainer.SavingTrainer._save_whole
     def wrong(self, model, trial):
         checkpoint_files.rotate(Path(self.args.output_dir), 1)
         return save(self, model, trial)
-    trainer.DPTrainer._save_whole = wrong
+    saving_trainer.SavingTrainer._save_whole = wrong
     return disk_faults.full_disk(base)
 
 def sizes_only(base):

@@ -19,15 +19,16 @@ import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
+from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
-from .checkpoint_files import CheckpointError, clear_staging, newest_whole, publish, rotate, staging, verify
+from .checkpoint_files import CheckpointError, clear_staging, newest_whole, verify
 from .privacy.budget import ADJACENCY, accountant_version, event_to_dict
 from .privacy.clipping import PerExampleClipper
 from .privacy.ledger import PrivacyLedger
 from .privacy.noise import GaussianNoise, describe_randomness
 from .privacy.sampling import PoissonSampler
+from .saving_trainer import SavingTrainer
 from .training_args import DPTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ _PUBLIC_LOGS = {"learning_rate", "epoch", "train_runtime", "train_steps_per_seco
 _SOFTWARE = ("hf_spectral_dp", "torch", "transformers", "dp-accounting", "randomgen", "peft")
 
 
-class DPTrainer(Trainer):
+class DPTrainer(SavingTrainer):
     """Trains a causal language model with differential privacy.
 
     Args:
@@ -95,11 +96,9 @@ class DPTrainer(Trainer):
         self._ledger: PrivacyLedger | None = None  # held by the first process only
         self._charged = 0
         self._head = ""
-        self._staging: Path | None = None  # where a checkpoint is being written
         self.remove_callback(ProgressCallback)
         if not args.disable_tqdm:
             self.add_callback(_EpsilonBar(self.plan.target_epsilon))
-        self.add_callback(_SaveAtTheEnd())
         if self._average:
             self.add_callback(_Averaging(self._follow))
 
@@ -118,8 +117,8 @@ class DPTrainer(Trainer):
                 altered, behind the checkpoint, or of another plan or data set.
             CheckpointError: the checkpoint to resume from is damaged, or one could not be saved.
         """
-        step = self._on_first(lambda: self._begin(resume_from_checkpoint))
-        self._charged = self._from_first(self._charged)
+        step = self.on_first(lambda: self._begin(resume_from_checkpoint))
+        self._charged = self.from_first(self._charged)
         if resume_from_checkpoint is True:
             checkpoint = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}" if step else None
         else:
@@ -177,9 +176,6 @@ class DPTrainer(Trainer):
         """0: a count by realised batches would publish their sizes."""
         return 0
 
-    def store_flos(self) -> None:
-        """Nothing to store, and no word between processes about it while one of them saves."""
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs what is public, and the epsilon spent so far."""
         super().log({**self._publishable(logs), "epsilon": self.epsilon_spent}, None)
@@ -187,37 +183,12 @@ class DPTrainer(Trainer):
     def _publishable(self, logs: Mapping[str, float]) -> dict[str, float]:
         return {key: value for key, value in logs.items() if key in _PUBLIC_LOGS}
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._staging or super()._get_output_dir(trial))
+    def seal(self) -> dict[str, Any]:
+        return {"ledger_head": self._head, "charged": self._charged}
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        """Not saved: a resumed run draws fresh batches and fresh noise, so nothing could be repeated with it."""
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Saves to a hidden folder and puts the whole checkpoint in place by one rename; see `checkpoint_files`."""
-        self._on_first(lambda: self._save_whole(model, trial))
-
-    def _save_whole(self, model: nn.Module, trial: Any) -> int:
-        folder = Path(self.args.output_dir)
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        try:
-            self._staging = staging(folder)
-            super()._save_checkpoint(model, trial)
-            if self._average:
-                save_file(self._average, self._staging / name / _AVERAGE)
-            publish(self._staging / name, folder / name, ledger_head=self._head, charged=self._charged)
-        except Exception as error:  # OSError, or what torch and safetensors make of it
-            raise CheckpointError(
-                f"{folder / name} could not be saved ({error}); nothing half-written counts as a checkpoint, and the"
-                " ones before it are as they were. Make room or mend the disk, then go on from the last one with"
-                " resume_from_checkpoint=True."
-            ) from error
-        finally:
-            self._staging = None
-            with suppress(OSError):  # if not now, then at the next save
-                clear_staging(folder)
-        rotate(folder, self.args.save_total_limit)
-        return 0
+    def save_more(self, folder: Path) -> None:
+        if self._average:
+            save_file(self._average, folder / _AVERAGE)
 
     # -- the mechanism -------------------------------------------------------------------------------------------
 
@@ -266,31 +237,7 @@ class DPTrainer(Trainer):
             self._head = self._ledger.head
             return charged
 
-        self._charged = self._on_first(charge)
-
-    def _on_first(self, action: Callable[[], int]) -> int:
-        """What `action` returns on the first process (>= 0), on all processes; if it fails there, all of them fail."""
-        failure: Exception | None = None
-        value = -1
-        if self.is_world_process_zero():
-            try:
-                value = action()
-            except Exception as error:
-                failure = error
-        value = self._from_first(value)
-        if failure is not None:
-            raise failure
-        if value < 0:
-            raise RuntimeError("the first process failed; see its error.")
-        return value
-
-    def _from_first(self, value: int) -> int:
-        """The first process's value, on all processes."""
-        if self.args.world_size == 1:
-            return value
-        tensor = torch.tensor(value, device=self.args.device)
-        dist.broadcast(tensor, 0)
-        return int(tensor)
+        self._charged = self.on_first(charge)
 
     @torch.no_grad()
     def _follow(self) -> None:
@@ -389,23 +336,6 @@ class _Averaging(TrainerCallback):
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self._follow()
-
-
-class _SaveAtTheEnd(TrainerCallback):
-    """Saves the last step of a run that crashes made shorter than planned; transformers saves only the planned one."""
-
-    def __init__(self) -> None:
-        self._saved = 0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._saved = state.global_step
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._saved = state.global_step
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.save_strategy != SaveStrategy.NO and state.global_step > self._saved:
-            control.should_save = True
 
 
 class _EpsilonBar(ProgressCallback):
