@@ -20,6 +20,8 @@ ORDER = [
     "image_sources",
     "token_store",
     "privacy",
+    "checkpoint_files",
+    "saving_trainer",
     "training_args",
     "quiet_trainer",
     "trainer",

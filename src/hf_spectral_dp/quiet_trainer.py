@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
+from .saving_trainer import SavingTrainer
 from .training_args import DPTrainingArguments
 
 PUBLIC_LOGS = {"learning_rate", "epoch", "epsilon"}
@@ -28,7 +29,7 @@ def _refused(name: str, reason: str) -> Callable[..., Any]:
     return refuse
 
 
-class QuietTrainer(Trainer):
+class QuietTrainer(SavingTrainer):
     """Logs `PUBLIC_LOGS` and nothing else, measures nothing on private rows, uploads nothing.
 
     Formal guarantee: what `log`, `trainer_state.json`, trackers and the metrics of `train` hold is a function of the

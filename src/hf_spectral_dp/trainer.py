@@ -6,20 +6,21 @@ add up clipped per-example gradients, add noise once, write `p.grad`) and what i
 does not cover).
 """
 
-import json
+import logging
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
+from .checkpoint_files import CheckpointError, clear_staging, newest_whole, verify
 from .privacy.budget import ADJACENCY, accountant_version, event_to_dict
 from .privacy.clipping import PerExampleClipper
 from .privacy.ledger import PrivacyLedger
@@ -29,8 +30,9 @@ from .privacy.sampling import PoissonSampler
 from .quiet_trainer import QuietTrainer
 from .training_args import DPTrainingArguments
 
+logger = logging.getLogger(__name__)
+
 LEDGER = "privacy_ledger.jsonl"
-_STATE = "privacy_state.json"
 _AVERAGE = "averaged_weights.safetensors"
 _SOFTWARE = ("hf_spectral_dp", "torch", "transformers", "dp-accounting", "randomgen", "peft")
 
@@ -108,25 +110,25 @@ class DPTrainer(QuietTrainer):
         """Trains, then applies `ema_decay` and `public_interpolation` to the weights of `self.model`.
 
         Args:
-            resume_from_checkpoint: a checkpoint folder, or True for the last one of `output_dir`. The ledger of the
-                first run goes on; steps that a crash lost stay paid.
+            resume_from_checkpoint: a checkpoint folder, or True for the newest whole one of `output_dir`; True also
+                goes on where a ledger is but no checkpoint yet, from the weights of `model`. The ledger of the first
+                run goes on: steps that a crash lost stay paid, and repeated ones draw fresh rows and fresh noise.
 
         Raises:
             LedgerError: a new run in a folder that already holds a ledger, or a resumed run whose ledger is missing,
-                altered, or of another plan or data set.
+                altered, behind the checkpoint, or of another plan or data set.
+            CheckpointError: the checkpoint to resume from is damaged, or one could not be saved.
         """
         self.check_quiet()
-        found = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
-        if resume_from_checkpoint and not found:
-            raise ValueError(f"output_dir={self.args.output_dir!r} holds no checkpoint to resume from.")
-        checkpoint = Path(str(found)) if found else None
-        if self.is_world_process_zero():
-            self._ledger = self._open_ledger(checkpoint)
-            self._charged, self._head = self._ledger.charged, self._ledger.head
-        self._charged = self._from_first(self._charged)
-        if checkpoint is not None and self._average:
-            self._average = load_file(checkpoint / _AVERAGE)
+        step = self.on_first(lambda: self._begin(resume_from_checkpoint))
+        self._charged = self.from_first(self._charged)
+        if resume_from_checkpoint is True:
+            checkpoint = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}" if step else None
+        else:
+            checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         try:
+            if checkpoint is not None and self._average:
+                self._average = load_file(checkpoint / _AVERAGE)
             output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
         finally:
             if self._ledger is not None:
@@ -161,62 +163,63 @@ class DPTrainer(QuietTrainer):
         self.note(losses)
         return losses
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if not self.args.should_save:
-            return
-        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+    def seal(self) -> dict[str, Any]:
+        return {"ledger_head": self._head, "charged": self._charged}
+
+    def save_more(self, folder: Path) -> None:
         if self._average:
             save_file(self._average, folder / _AVERAGE)
-        # Last, so that a checkpoint without this file is known to be incomplete.
-        (folder / _STATE).write_text(json.dumps({"ledger_head": self._head, "charged": self._charged}), "utf-8")
 
     # -- the mechanism -------------------------------------------------------------------------------------------
 
-    def _open_ledger(self, checkpoint: Path | None) -> PrivacyLedger:
+    def _begin(self, resume: str | bool | None) -> int:
+        """Verifies what to resume from, then opens or creates the ledger; on the first process.
+
+        Returns:
+            The step of the checkpoint that resume=True found, 0 if there is none yet or it was not asked for.
+        """
         folder = Path(self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
+        path, state = None, None
+        if resume is True:
+            path, state = newest_whole(folder) or (None, None)
+            if path is None and not (folder / LEDGER).exists():
+                raise ValueError(f"output_dir={self.args.output_dir!r} holds no checkpoint to resume from, no ledger.")
+        elif resume:
+            path = Path(resume)
+            state = verify(path)
+        if state is not None and self._average and _AVERAGE not in state["files"]:
+            raise CheckpointError(f"{path} holds no averaged weights; resume with ema_decay=0, as it was saved.")
         header = {
             "plan": self.plan.to_dict(),
             "clipping_norm": self.args.clipping_norm,
             "data": str(self.train_dataset.fingerprint),
-            "trainable": sorted(self._clipper.parameters),
+            "trainable": {name: list(parameter.shape) for name, parameter in self._clipper.parameters.items()},
             "noise": self._noise.source,
             "log_private_loss": self.args.log_private_loss,
         }
-        if checkpoint is None:
-            return PrivacyLedger.create(folder / LEDGER, header, self.plan.steps)
-        try:
-            state = json.loads((checkpoint / _STATE).read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"checkpoint {checkpoint} is incomplete: no readable {_STATE}; resume from an earlier one."
-            ) from error
-        return PrivacyLedger.open(folder / LEDGER, header, self.plan.steps, expected_head=state["ledger_head"])
+        if resume:
+            head = state["ledger_head"] if state else None
+            self._ledger = PrivacyLedger.open(folder / LEDGER, header, self.plan.steps, expected_head=head)
+            with suppress(OSError):  # if not now, then at the next save
+                clear_staging(folder)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._ledger = PrivacyLedger.create(folder / LEDGER, header, self.plan.steps)
+        self._charged, self._head = self._ledger.charged, self._ledger.head
+        if resume and path is None:
+            logger.warning("no checkpoint yet: %d charged steps are lost, and stay paid", self._charged)
+        return int(path.name.rpartition("-")[2]) if resume is True and path else 0
 
     def _charge(self) -> None:
         """Pays for the coming release, durably, before its noise is drawn; all processes wait for it."""
-        failure: Exception | None = None
-        charged = -1
-        if self._ledger is not None:
-            try:
-                charged, self._head = self._ledger.charge(), self._ledger.head
-            except Exception as error:
-                failure = error
-        charged = self._from_first(charged)
-        if failure is not None:
-            raise failure
-        if charged < 0:
-            raise RuntimeError("the first process could not charge the privacy ledger; see its error.")
-        self._charged = charged
 
-    def _from_first(self, value: int) -> int:
-        """The first process's value, on all processes."""
-        if self.args.world_size == 1:
-            return value
-        tensor = torch.tensor(value, device=self.args.device)
-        dist.broadcast(tensor, 0)
-        return int(tensor)
+        def charge() -> int:
+            assert self._ledger is not None
+            charged = self._ledger.charge()
+            self._head = self._ledger.head
+            return charged
+
+        self._charged = self.on_first(charge)
 
     @torch.no_grad()
     def _follow(self) -> None:
@@ -229,7 +232,7 @@ class DPTrainer(QuietTrainer):
         for name, parameter in self._clipper.parameters.items():
             public = self._public[name].float()
             trained = self._average[name] if self._average else parameter.float()
-            parameter.copy_(public + self.args.public_interpolation * (trained - public))
+            parameter.copy_(public.lerp(trained, self.args.public_interpolation))  # 1 gives `trained` to the bit
 
     # -- results -------------------------------------------------------------------------------------------------
 

@@ -118,6 +118,7 @@ class DPTrainingArguments(TrainingArguments):
             ("load_best_model_at_end", False, "choosing a checkpoint on private data is not covered by the guarantee"),
             ("do_eval", False, "a loss on private data is not covered; evaluate the images the model generates"),
             ("push_to_hub", False, "checkpoints hold optimizer states; publish the finished pipeline instead"),
+            ("save_on_each_node", False, "one process saves for all; use a folder that all nodes share"),
             ("label_smoothing_factor", 0.0, "it is not applied to the per-example loss"),
             ("include_num_input_tokens_seen", "no", "the count of tokens is that of the rows in the batches drawn"),
         ]
