@@ -1,7 +1,7 @@
 """A `transformers.Trainer` whose every optimizer step is one differentially private release.
 
 The Hugging Face loop stays as it is: optimizer, schedule, callbacks and checkpoints work as users know them. What
-changes is where batches come from (Poisson sampling over row indices), what `training_step` does (charge the ledger,
+changes is where batches come from (`privacy.sampling`), what `training_step` does (charge the ledger,
 add up clipped per-example gradients, add noise once, write `p.grad`) and what is logged (nothing that the guarantee
 does not cover).
 """
@@ -21,17 +21,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
 
-from .privacy.budget import ADJACENCY, accountant_version, event_to_dict
+from .privacy.budget import PrivacyPlan, accountant_version, event_to_dict
 from .privacy.clipping import PerExampleClipper
 from .privacy.ledger import PrivacyLedger
 from .privacy.noise import GaussianNoise, describe_randomness
-from .privacy.sampling import PoissonSampler
+from .privacy.sampling import OneRowPerUnit, Sampler, SinglePass, check_sampler, sampler_for
 from .training_args import DPTrainingArguments
 
 LEDGER = "privacy_ledger.jsonl"
 _STATE = "privacy_state.json"
 _AVERAGE = "averaged_weights.safetensors"
 _PUBLIC_LOGS = {"learning_rate", "epoch", "train_runtime", "train_steps_per_second"}
+_MECHANISMS = {
+    "poisson": "DP-SGD (Poisson-subsampled Gaussian mechanism)",
+    "truncated_poisson": "DP-SGD (Gaussian mechanism on truncated Poisson batches)",
+    "single_pass": "DP-SGD (Gaussian mechanism, each row in one batch of a pass)",
+}
 _SOFTWARE = ("hf_spectral_dp", "torch", "transformers", "dp-accounting", "randomgen", "peft")
 
 
@@ -43,19 +48,22 @@ class DPTrainer(Trainer):
             must be public: they are what the guarantee starts from.
         args: `DPTrainingArguments`.
         train_dataset: a `TokenStore`, or anything with `len`, `dataset[indices] -> {"input_ids": (b, 1 + T)}` and a
-            `fingerprint`. One row is one privacy unit.
+            `fingerprint`. One row is one privacy unit; with an attribute `units`, the unit of every row, a person is,
+            and contributes one of its rows whenever it is sampled. With `sampling="single_pass"` also a stream: any
+            iterable of {"input_ids": (1 + T,)}, in which None keeps the place of a row that cannot be used, and of
+            `args.num_examples` rows. Such a run cannot be resumed.
         callbacks, optimizers: as in transformers.
 
     Formal guarantee: the sequence of all weights, of all checkpoints and of everything logged is
-    (`privacy_report()["guarantee"]["epsilon"]`, delta)-differentially private under adding or removing one row of
-    `train_dataset`, by `PrivacyPlan` and post-processing. Assumptions: the number of rows and all arguments are public
-    and were not chosen by looking at the rows; the model was not trained on them before; `per_example_loss` of a row
+    (`privacy_report()["guarantee"]["epsilon"]`, delta)-differentially private for one unit of `train_dataset` under
+    `plan.adjacency`, by `PrivacyPlan` and post-processing. Assumptions: the number of units and all arguments are
+    public and were not chosen by looking at the rows; the model was not trained on them before; `per_example_loss` of a row
     depends on that row and the weights alone; the time a step takes is not observed; the files `privacy_ledger.jsonl`
     and the checkpoints' optimizer states are covered by the guarantee, the token store is not.
 
     Raises:
-        ValueError: a dataset without random access, arguments that cannot work, or a trainable parameter whose
-            per-example gradient no rule gives; all before any row is read.
+        ValueError: data that cannot be sampled as `args.sampling` says, arguments that cannot work, or a trainable
+            parameter whose per-example gradient no rule gives; all before any row is read.
     """
 
     args: DPTrainingArguments
@@ -70,14 +78,14 @@ class DPTrainer(Trainer):
     ):
         if not isinstance(args, DPTrainingArguments):
             raise ValueError(f"args is a {type(args).__name__}; DPTrainer needs DPTrainingArguments.")
-        if not hasattr(train_dataset, "__len__") or not hasattr(train_dataset, "fingerprint"):
-            raise ValueError(
-                f"train_dataset of type {type(train_dataset).__name__} cannot be sampled by index; Poisson batches need"
-                " that: make a token store with hf_spectral_dp.token_store.build_token_store."
-            )
+        units = getattr(train_dataset, "units", None)
+        self._units = None if units is None else OneRowPerUnit(units)
+        self.plan = args.plan(_count(train_dataset, args) if self._units is None else len(self._units))
+        self._sampler = sampler_for(self.plan, args.process_index, args.world_size)
+        if self.plan.sampling == "single_pass":
+            _check_stream(train_dataset, self.plan)
         if not hasattr(model, "per_example_loss"):
             raise ValueError(f"{type(model).__name__} has no per_example_loss(input_ids) -> (B,); give it one.")
-        self.plan = args.plan(len(train_dataset))
         args.max_steps = self.plan.steps
         if args.lora_rank:
             targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -92,6 +100,7 @@ class DPTrainer(Trainer):
         self._ledger: PrivacyLedger | None = None  # held by the first process only
         self._charged = 0
         self._head = ""
+        self._drawn: Any = None  # the batch that the sampler gave last, until it is used
         self.remove_callback(ProgressCallback)
         if not args.disable_tqdm:
             self.add_callback(_EpsilonBar(self.plan.target_epsilon))
@@ -108,12 +117,19 @@ class DPTrainer(Trainer):
                 first run goes on; steps that a crash lost stay paid.
 
         Raises:
+            ValueError: `get_train_dataloader` was replaced, or a run with sampling="single_pass" is resumed.
             LedgerError: a new run in a folder that already holds a ledger, or a resumed run whose ledger is missing,
                 altered, or of another plan or data set.
         """
+        self._check_loader()
         found = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
         if resume_from_checkpoint and not found:
             raise ValueError(f"output_dir={self.args.output_dir!r} holds no checkpoint to resume from.")
+        if found and self.plan.sampling == "single_pass":
+            raise ValueError(
+                "sampling='single_pass' cannot be resumed: where the stream stood is not known, and a row must not be"
+                " used twice in a pass. The last checkpoint is private as it is; or start a new run and add up both."
+            )
         checkpoint = Path(str(found)) if found else None
         if self.is_world_process_zero():
             self._ledger = self._open_ledger(checkpoint)
@@ -129,19 +145,32 @@ class DPTrainer(Trainer):
         self._postprocess()
         return TrainOutput(output.global_step, float("nan"), self._publishable(output.metrics))
 
-    def get_train_dataloader(self) -> "_PoissonLoader":
-        """One item per step: the rows of one Poisson batch of this process, {"input_ids": (b, 1 + T)}; b may be 0."""
-        sampler = PoissonSampler(
-            self.plan.num_examples, self.plan.sampling_rate, self.args.process_index, self.args.world_size
-        )
-        return _PoissonLoader(self.train_dataset, sampler, self.plan.steps, lambda: self._charged)
+    def get_train_dataloader(self) -> "_Loader":
+        """One item per step: the rows of one batch of this process, {"input_ids": (b, 1 + T)}; b may be 0."""
+        return _Loader(self, self._sampler)
+
+    def _check_loader(self) -> None:
+        """Refuses batches that the accountant has no proof for, before anything is charged."""
+        loader: Any = self.get_train_dataloader()
+        sampler = loader.sampler if type(loader) is _Loader else loader
+        check_sampler(sampler, self.plan, self.args.process_index, self.args.world_size)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
         """One application of the mechanism: charge, clip, sum, add noise, divide by the public expected batch size.
 
         Returns:
             Zero. The loss of private rows is private and not part of what the guarantee covers.
+
+        Raises:
+            ValueError: `inputs` is not the batch that the plan's sampler drew last, or it was used already. Nothing is
+                charged then.
         """
+        if inputs is not self._drawn:
+            raise ValueError(
+                f"this batch was not drawn by the {type(self._sampler).__name__} of the plan, and epsilon holds for its"
+                " batches only, each used once; call train() and leave the loader as it is."
+            )
+        self._drawn = None
         model.train()
         bare = self.accelerator.unwrap_model(model)  # no gradient reaches autograd, so DDP has nothing to reduce
         self._charge()
@@ -193,7 +222,7 @@ class DPTrainer(Trainer):
         header = {
             "plan": self.plan.to_dict(),
             "clipping_norm": self.args.clipping_norm,
-            "data": str(self.train_dataset.fingerprint),
+            "data": str(getattr(self.train_dataset, "fingerprint", "stream")),
             "trainable": sorted(self._clipper.parameters),
         }
         if checkpoint is None:
@@ -268,17 +297,18 @@ class DPTrainer(Trainer):
             "guarantee": {
                 "epsilon": plan.epsilon(charged),
                 "delta": plan.delta,
-                "unit": "one row of the training data (one image with its label)",
-                "adjacency": ADJACENCY,
+                "unit": getattr(self.train_dataset, "unit", "one row of the training data (one image with its label)"),
+                "adjacency": plan.adjacency,
                 "accountant": "PLD",
                 "accountant_version": accountant_version(),
                 "profile": plan.profile(charged),
                 "epsilon_without_amplification": plan.epsilon_without_amplification(charged),
             },
             "mechanism": {
-                "name": "DP-SGD (Poisson-subsampled Gaussian mechanism)",
-                "sampling": "poisson",
+                "name": _MECHANISMS[plan.sampling],
+                "sampling": plan.sampling,
                 "sampling_rate": plan.sampling_rate,
+                "max_batch_size": plan.max_batch_size,
                 "num_examples": plan.num_examples,
                 "expected_batch_size": plan.expected_batch_size,
                 "noise_multiplier": plan.noise_multiplier,
@@ -303,20 +333,72 @@ class DPTrainer(Trainer):
         }
 
 
-class _PoissonLoader:
-    """Yields one Poisson batch per step until the ledger is full."""
+def _count(dataset: Any, args: DPTrainingArguments) -> int:
+    """The rows of a data set: its length, or what is declared for a stream."""
+    if args.sampling == "single_pass":
+        length = args.num_examples if args.num_examples is not None or not hasattr(dataset, "__len__") else len(dataset)
+        if length is None:
+            raise ValueError(
+                f"num_examples=None for a train_dataset of type {type(dataset).__name__}, which has no length; declare"
+                " its public number of rows."
+            )
+        return length
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "fingerprint"):
+        raise ValueError(
+            f"train_dataset of type {type(dataset).__name__} cannot be sampled by index, and sampling={args.sampling!r}"
+            " needs that: make a token store with hf_spectral_dp.token_store.build_token_store, or use"
+            " sampling='single_pass'."
+        )
+    return len(dataset)
 
-    def __init__(self, dataset: Any, sampler: PoissonSampler, steps: int, charged: Callable[[], int]):
-        self.dataset = dataset
-        self._sampler, self._steps, self._charged = sampler, steps, charged
+
+def _check_stream(dataset: Any, plan: PrivacyPlan) -> None:
+    """Refuses data of which a pass could not take every unit once."""
+    if getattr(dataset, "units", None) is not None:
+        raise ValueError(
+            "sampling='single_pass' takes every row once, so a person with several rows would be in several batches;"
+            " use sampling='poisson'."
+        )
+    if isinstance(dataset, Iterator) and plan.steps > plan.steps_per_pass:
+        raise ValueError(
+            f"train_dataset is a {type(dataset).__name__}, which can be read once, but max_steps={plan.steps} takes more"
+            f" than one pass, {plan.steps_per_pass} steps; give an iterable that starts anew, or take fewer steps."
+        )
+
+
+class _Loader:
+    """Yields one batch of the plan's sampler per step until the ledger is full, and notes which one it gave last."""
+
+    def __init__(self, trainer: DPTrainer, sampler: Sampler):
+        self.dataset = trainer.train_dataset
+        self.sampler = sampler
+        self._trainer = trainer
 
     def __len__(self) -> int:
-        return self._steps
+        return self._trainer.plan.steps
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        trainer = self._trainer
+        batches = self._passes(self.sampler) if isinstance(self.sampler, SinglePass) else self._draws(self.sampler)
         # Not simply `steps` times: after a crash some charges are spent on steps that were lost.
-        while self._charged() < self._steps:
-            yield self.dataset[self._sampler.next_batch()]
+        while trainer._charged < trainer.plan.steps:
+            trainer._drawn = next(batches)
+            yield trainer._drawn
+
+    def _draws(self, sampler: Any) -> Iterator[dict[str, Tensor]]:
+        units = self._trainer._units
+        while True:
+            chosen = sampler.next_batch()
+            yield self.dataset[chosen if units is None else units.draw(chosen)]
+
+    def _passes(self, sampler: SinglePass) -> Iterator[dict[str, Tensor]]:
+        trainer = self._trainer
+        while True:
+            for number, rows in enumerate(sampler.batches(self.dataset)):
+                if trainer._charged % trainer.plan.steps_per_pass != number:
+                    raise RuntimeError("a pass was left before its end, so a row would be used twice; start a new run.")
+                ids = [torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows]
+                yield {"input_ids": torch.stack(ids) if ids else torch.zeros((0, 1), dtype=torch.long)}
 
 
 class _Averaging(TrainerCallback):
