@@ -25,7 +25,8 @@ from .privacy.budget import PrivacyPlan, accountant_version, event_to_dict
 from .privacy.clipping import PerExampleClipper
 from .privacy.ledger import PrivacyLedger
 from .privacy.noise import GaussianNoise, describe_randomness
-from .privacy.sampling import OneRowPerUnit, Sampler, SinglePass, check_sampler, sampler_for
+from .privacy.sampling import Sampler, SinglePass, check_sampler, sampler_for
+from .privacy.units import OneRowPerUnit
 from .training_args import DPTrainingArguments
 
 LEDGER = "privacy_ledger.jsonl"
@@ -57,9 +58,9 @@ class DPTrainer(Trainer):
     Formal guarantee: the sequence of all weights, of all checkpoints and of everything logged is
     (`privacy_report()["guarantee"]["epsilon"]`, delta)-differentially private for one unit of `train_dataset` under
     `plan.adjacency`, by `PrivacyPlan` and post-processing. Assumptions: the number of units and all arguments are
-    public and were not chosen by looking at the rows; the model was not trained on them before; `per_example_loss` of a row
-    depends on that row and the weights alone; the time a step takes is not observed; the files `privacy_ledger.jsonl`
-    and the checkpoints' optimizer states are covered by the guarantee, the token store is not.
+    public and were not chosen by looking at the rows; the model was not trained on them before; `per_example_loss` of a
+    row depends on that row and the weights alone; the time a step takes is not observed; `privacy_ledger.jsonl` and the
+    checkpoints' optimizer states are covered by the guarantee, the token store is not.
 
     Raises:
         ValueError: data that cannot be sampled as `args.sampling` says, arguments that cannot work, or a trainable
@@ -361,7 +362,7 @@ def _check_stream(dataset: Any, plan: PrivacyPlan) -> None:
         )
     if isinstance(dataset, Iterator) and plan.steps > plan.steps_per_pass:
         raise ValueError(
-            f"train_dataset is a {type(dataset).__name__}, which can be read once, but max_steps={plan.steps} takes more"
+            f"train_dataset is a {type(dataset).__name__}, which can be read once, but max_steps={plan.steps} is more"
             f" than one pass, {plan.steps_per_pass} steps; give an iterable that starts anew, or take fewer steps."
         )
 

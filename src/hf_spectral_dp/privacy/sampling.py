@@ -1,7 +1,7 @@
 """How batches are formed: each way that the accountant has a proof for, and no other.
 
-`sampler_for` makes the one sampler that a plan is accounted for, and `check_sampler` refuses every other one. A unit is
-a row, or a person with several rows of whom `OneRowPerUnit` takes one at random whenever the person is sampled.
+`sampler_for` makes the one sampler that a plan is accounted for, and `check_sampler` refuses every other one. What is
+called a row here is a unit: a row of the data, or a person with several of them (`units.py`).
 """
 
 from collections.abc import Iterable, Iterator
@@ -152,42 +152,6 @@ class SinglePass:
         for first in range(0, self.num_examples, self.batch_size):
             places = min(self.batch_size, self.num_examples - first)
             yield [row for row in islice(rows, places) if row is not None]
-
-
-class OneRowPerUnit:
-    """Of every sampled unit (a person), one of its rows, uniformly at random and anew at every draw.
-
-    Formal guarantee:
-        Sample units, not rows, by one of the samplers above, and take the rows that `draw` gives. Then a batch holds at
-        most one row of any unit, so a unit contributes one vector of norm at most C. Given which rows the draws chose,
-        adding, removing or zeroing out the unit with all its rows is a step of the sampler's mechanism on single rows;
-        the guarantee is that of a mixture of such steps and no worse (joint convexity of the hockey-stick divergence).
-        Unit: all rows of one person. Assumptions: which rows a person has depends on no other person, and the draws
-        come from the default generator.
-
-    Args:
-        units: (rows,) the unit of every row, numbered from 0 without gaps.
-        generator: for tests only; see `PoissonSampler`.
-
-    Raises:
-        ValueError: no rows, or a number without rows.
-    """
-
-    def __init__(self, units: np.ndarray, generator: np.random.Generator | None = None):
-        units = np.asarray(units)
-        if not len(units) or units.min() < 0 or not (counts := np.bincount(units)).all():
-            raise ValueError("units must number the units of all rows from 0 without gaps; build the store again.")
-        self._counts = counts
-        self._starts = np.cumsum(counts) - counts
-        self._rows = np.argsort(units, kind="stable")
-        self._generator = system_generator() if generator is None else generator
-
-    def __len__(self) -> int:
-        return len(self._counts)
-
-    def draw(self, chosen: np.ndarray) -> np.ndarray:
-        """A row (int64) of each unit in `chosen`, in its order."""
-        return self._rows[self._starts[chosen] + self._generator.integers(0, self._counts[chosen])]
 
 
 Sampler = PoissonSampler | TruncatedPoissonSampler | SinglePass
