@@ -29,6 +29,7 @@ _RELATIONS = {
 # "zero-out-one", where the unit keeps its place but contributes nothing, so that N and all places are public.
 SAMPLING = {"poisson": "add-or-remove-one", "truncated_poisson": "zero-out-one", "single_pass": "zero-out-one"}
 
+_GRID = 1e-4  # on which privacy losses are rounded up: dp-accounting's default, so that strangers find the same figures
 _DIGITS = 4  # of a displayed epsilon and of a noise multiplier, always rounded to the safe side
 
 
@@ -62,12 +63,12 @@ def _pld(event: dp_event.DpEvent, adjacency: str, grid: float) -> PLDAccountant:
 
 
 def epsilon_of(
-    event: dp_event.DpEvent, delta: float, adjacency: str = "add-or-remove-one", grid: float = 1e-4
+    event: dp_event.DpEvent, delta: float, adjacency: str = "add-or-remove-one", grid: float = _GRID
 ) -> float:
     """The epsilon of `event` at `delta`, by PLD, rounded up to four decimals.
 
     `grid` is the step on which losses are rounded up: every grid gives a valid upper bound, a wider one is quicker
-    and looser. The default is dp-accounting's own, so that a stranger recomputes the same figure.
+    and mostly looser. The default is dp-accounting's own, so that a stranger recomputes the same figure.
 
     Raises:
         ValueError: an unknown relation, or one that the event is not proven for: truncation depends on the number of
@@ -329,23 +330,30 @@ class PrivacyBudget:
                 max_batch_size=max_batch_size,
             )
 
-        def fits(units: int) -> bool:
+        def epsilon(units: int, grid: float) -> float:
             candidate = plan(units)
-            return epsilon_of(candidate.event(), delta, candidate.adjacency, grid=1e-3) <= self.epsilon
+            return epsilon_of(candidate.event(), delta, candidate.adjacency, grid)
 
-        # The wider grid is an upper bound too, so what fits here fits the official figure.
-        high = 10_000
-        while not fits(high):
-            high *= 2
-            if high > 10**10:
-                raise ValueError(f"epsilon={self.epsilon} cannot be met with steps={steps}; ask for fewer steps.")
-        low = high // 2
-        while low >= 2000 and fits(low):
-            low, high = low // 2, low
-        while high - low > 1:  # `high` fits, `low` does not (or lies below any noise in use)
-            middle = (low + high) // 2
-            low, high = (low, middle) if fits(middle) else (middle, high)
-        return plan(high)
+        def least(high: int, grid: float) -> int:
+            """The least noise that fits at this grid."""
+            while epsilon(high, grid) > self.epsilon:
+                high *= 2
+                if high > 10**10:
+                    raise ValueError(f"epsilon={self.epsilon} cannot be met with steps={steps}; ask for fewer steps.")
+            low = high // 2
+            while low >= 2000 and epsilon(low, grid) <= self.epsilon:
+                low, high = low // 2, low
+            while high - low > 1:  # `high` fits, `low` does not (or lies below any noise in use)
+                middle = (low + high) // 2
+                low, high = (low, middle) if epsilon(middle, grid) <= self.epsilon else (middle, high)
+            return high
+
+        units = least(10_000, grid=1e-3)  # quick; mostly within a per mille of the official grid, on either side
+        if epsilon(units, _GRID) < 0.998 * self.epsilon:  # many steps that cost less than the wide grid can tell
+            units = least(units, _GRID)
+        while epsilon(units, _GRID) > self.epsilon:
+            units += 1
+        return plan(units)
 
 
 __all__ = [
