@@ -1,7 +1,7 @@
 """The official accountant beside two others, on random schedules in the ranges that people use.
 
 PLD (dp-accounting, the official figure, always an upper bound) against the PRV accountant of Opacus, which composes the
-same losses in another way, and against RDP, which bounds both from above. A schedule is a number of rows (10^3 to 10^9),
+same losses in another way, and against RDP, which bounds both from above. A schedule is a number of rows (1e3 to 1e9),
 a batch, a noise multiplier (0.35 to 20) and a number of steps (1 to 20,000), with an RDP epsilon of 0.5 to 20 at the
 default delta. PRV gets a tolerance of 0.3 % of epsilon; it adds its tolerance to what it returns.
 
