@@ -21,6 +21,7 @@ ORDER = [
     "privacy",
     "token_store",
     "training_args",
+    "batches",
     "trainer",
     "super_resolution",
     "pipeline_spectral",

@@ -7,7 +7,7 @@ does not cover).
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -21,12 +21,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
 
-from .privacy.budget import PrivacyPlan, accountant_version, event_to_dict
+from .batches import BatchLoader, count_units
+from .privacy.budget import accountant_version, event_to_dict
 from .privacy.clipping import PerExampleClipper
 from .privacy.ledger import PrivacyLedger
 from .privacy.noise import GaussianNoise, describe_randomness
-from .privacy.sampling import Sampler, SinglePass, check_sampler, sampler_for
-from .privacy.units import OneRowPerUnit
 from .training_args import DPTrainingArguments
 
 LEDGER = "privacy_ledger.jsonl"
@@ -79,12 +78,10 @@ class DPTrainer(Trainer):
     ):
         if not isinstance(args, DPTrainingArguments):
             raise ValueError(f"args is a {type(args).__name__}; DPTrainer needs DPTrainingArguments.")
-        units = getattr(train_dataset, "units", None)
-        self._units = None if units is None else OneRowPerUnit(units)
-        self.plan = args.plan(_count(train_dataset, args) if self._units is None else len(self._units))
-        self._sampler = sampler_for(self.plan, args.process_index, args.world_size)
-        if self.plan.sampling == "single_pass":
-            _check_stream(train_dataset, self.plan)
+        self.plan = args.plan(count_units(train_dataset, args))
+        self._batches = BatchLoader(
+            train_dataset, self.plan, args.process_index, args.world_size, lambda: self._charged
+        )
         if not hasattr(model, "per_example_loss"):
             raise ValueError(f"{type(model).__name__} has no per_example_loss(input_ids) -> (B,); give it one.")
         args.max_steps = self.plan.steps
@@ -101,7 +98,6 @@ class DPTrainer(Trainer):
         self._ledger: PrivacyLedger | None = None  # held by the first process only
         self._charged = 0
         self._head = ""
-        self._drawn: Any = None  # the batch that the sampler gave last, until it is used
         self.remove_callback(ProgressCallback)
         if not args.disable_tqdm:
             self.add_callback(_EpsilonBar(self.plan.target_epsilon))
@@ -122,7 +118,7 @@ class DPTrainer(Trainer):
             LedgerError: a new run in a folder that already holds a ledger, or a resumed run whose ledger is missing,
                 altered, or of another plan or data set.
         """
-        self._check_loader()
+        self._batches.check(self.get_train_dataloader())
         found = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
         if resume_from_checkpoint and not found:
             raise ValueError(f"output_dir={self.args.output_dir!r} holds no checkpoint to resume from.")
@@ -146,15 +142,9 @@ class DPTrainer(Trainer):
         self._postprocess()
         return TrainOutput(output.global_step, float("nan"), self._publishable(output.metrics))
 
-    def get_train_dataloader(self) -> "_Loader":
-        """One item per step: the rows of one batch of this process, {"input_ids": (b, 1 + T)}; b may be 0."""
-        return _Loader(self, self._sampler)
-
-    def _check_loader(self) -> None:
-        """Refuses batches that the accountant has no proof for, before anything is charged."""
-        loader: Any = self.get_train_dataloader()
-        sampler = loader.sampler if type(loader) is _Loader else loader
-        check_sampler(sampler, self.plan, self.args.process_index, self.args.world_size)
+    def get_train_dataloader(self) -> Any:
+        """The `BatchLoader` of the plan: one item per step. `train` refuses any other loader."""
+        return self._batches
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
         """One application of the mechanism: charge, clip, sum, add noise, divide by the public expected batch size.
@@ -166,12 +156,7 @@ class DPTrainer(Trainer):
             ValueError: `inputs` is not the batch that the plan's sampler drew last, or it was used already. Nothing is
                 charged then.
         """
-        if inputs is not self._drawn:
-            raise ValueError(
-                f"this batch was not drawn by the {type(self._sampler).__name__} of the plan, and epsilon holds for its"
-                " batches only, each used once; call train() and leave the loader as it is."
-            )
-        self._drawn = None
+        self._batches.accept(inputs)
         model.train()
         bare = self.accelerator.unwrap_model(model)  # no gradient reaches autograd, so DDP has nothing to reduce
         self._charge()
@@ -332,74 +317,6 @@ class DPTrainer(Trainer):
             "ledger": {"records": charged, "head": self._head},
             "software": {name: metadata.version(name) for name in _SOFTWARE},
         }
-
-
-def _count(dataset: Any, args: DPTrainingArguments) -> int:
-    """The rows of a data set: its length, or what is declared for a stream."""
-    if args.sampling == "single_pass":
-        length = args.num_examples if args.num_examples is not None or not hasattr(dataset, "__len__") else len(dataset)
-        if length is None:
-            raise ValueError(
-                f"num_examples=None for a train_dataset of type {type(dataset).__name__}, which has no length; declare"
-                " its public number of rows."
-            )
-        return length
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "fingerprint"):
-        raise ValueError(
-            f"train_dataset of type {type(dataset).__name__} cannot be sampled by index, and sampling={args.sampling!r}"
-            " needs that: make a token store with hf_spectral_dp.token_store.build_token_store, or use"
-            " sampling='single_pass'."
-        )
-    return len(dataset)
-
-
-def _check_stream(dataset: Any, plan: PrivacyPlan) -> None:
-    """Refuses data of which a pass could not take every unit once."""
-    if getattr(dataset, "units", None) is not None:
-        raise ValueError(
-            "sampling='single_pass' takes every row once, so a person with several rows would be in several batches;"
-            " use sampling='poisson'."
-        )
-    if isinstance(dataset, Iterator) and plan.steps > plan.steps_per_pass:
-        raise ValueError(
-            f"train_dataset is a {type(dataset).__name__}, which can be read once, but max_steps={plan.steps} is more"
-            f" than one pass, {plan.steps_per_pass} steps; give an iterable that starts anew, or take fewer steps."
-        )
-
-
-class _Loader:
-    """Yields one batch of the plan's sampler per step until the ledger is full, and notes which one it gave last."""
-
-    def __init__(self, trainer: DPTrainer, sampler: Sampler):
-        self.dataset = trainer.train_dataset
-        self.sampler = sampler
-        self._trainer = trainer
-
-    def __len__(self) -> int:
-        return self._trainer.plan.steps
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        trainer = self._trainer
-        batches = self._passes(self.sampler) if isinstance(self.sampler, SinglePass) else self._draws(self.sampler)
-        # Not simply `steps` times: after a crash some charges are spent on steps that were lost.
-        while trainer._charged < trainer.plan.steps:
-            trainer._drawn = next(batches)
-            yield trainer._drawn
-
-    def _draws(self, sampler: Any) -> Iterator[dict[str, Tensor]]:
-        units = self._trainer._units
-        while True:
-            chosen = sampler.next_batch()
-            yield self.dataset[chosen if units is None else units.draw(chosen)]
-
-    def _passes(self, sampler: SinglePass) -> Iterator[dict[str, Tensor]]:
-        trainer = self._trainer
-        while True:
-            for number, rows in enumerate(sampler.batches(self.dataset)):
-                if trainer._charged % trainer.plan.steps_per_pass != number:
-                    raise RuntimeError("a pass was left before its end, so a row would be used twice; start a new run.")
-                ids = [torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows]
-                yield {"input_ids": torch.stack(ids) if ids else torch.zeros((0, 1), dtype=torch.long)}
 
 
 class _Averaging(TrainerCallback):

@@ -57,7 +57,7 @@ def check_delta(delta: float, num_examples: int) -> None:
         )
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)  # a distribution may take tens of MiB
 def _pld(event: dp_event.DpEvent, adjacency: str, grid: float) -> PLDAccountant:
     return PLDAccountant(_RELATIONS[adjacency], value_discretization_interval=grid).compose(event)
 

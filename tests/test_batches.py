@@ -1,4 +1,4 @@
-"""DPTrainer and its batches: plan, sampler and card agree, persons are units, a stream is used once per pass."""
+"""The batches of DPTrainer: plan, sampler and card agree, persons are units, a stream is used once per pass."""
 
 import collections
 
@@ -14,7 +14,7 @@ from hf_spectral_dp import DPTrainer, PrivacyCard
 from hf_spectral_dp.privacy.ledger import read_ledger
 from hf_spectral_dp.privacy.sampling import PoissonSampler, SinglePass, TruncatedPoissonSampler
 from hf_spectral_dp.privacy.units import OneRowPerUnit
-from hf_spectral_dp.trainer import LEDGER, _Loader
+from hf_spectral_dp.trainer import LEDGER
 
 PUBLISHER = {
     "data": {"name": "rows", "split": "train", "description": "random"}, "public_components": [],
@@ -64,13 +64,6 @@ class Shuffled(DPTrainer):
         return DataLoader(self.train_dataset.rows, batch_size=12, shuffle=True)
 
 
-class FromOtherSampler(DPTrainer):
-    sampler = None
-
-    def get_train_dataloader(self):
-        return _Loader(self, self.sampler)
-
-
 class TwicePoisson(PoissonSampler):
     def next_batch(self):
         return np.sort(np.concatenate([super().next_batch()] * 2))
@@ -106,8 +99,8 @@ def test_a_shuffled_loader_is_refused_before_anything_is_spent(tmp_path):
     ids=lambda sampler: type(sampler).__name__,
 )
 def test_any_other_sampler_is_refused_before_anything_is_spent(tmp_path, sampler):
-    trainer = FromOtherSampler(tiny_model(), arguments(tmp_path), Rows())
-    trainer.sampler = sampler
+    trainer = DPTrainer(tiny_model(), arguments(tmp_path), Rows())
+    trainer._batches.sampler = sampler
     with pytest.raises(ValueError, match="the accountant has no proof for it: epsilon holds for sampling='poisson'"):
         trainer.train()
     assert not (tmp_path / LEDGER).exists()
@@ -297,7 +290,7 @@ def test_a_person_with_many_rows_moves_the_clipped_sum_by_at_most_the_clipping_n
         )
         trainer = DPTrainer(tiny_model(), args, people)
         # One key for both runs: the first six persons show the same rows.
-        trainer._units = OneRowPerUnit(people.units, generator=np.random.Generator(AESCounter(key=1)))
+        trainer._batches._units = OneRowPerUnit(people.units, generator=np.random.Generator(AESCounter(key=1)))
         sums += sums_of(trainer)
     moved = float((sums[1] - sums[0]).norm())
     assert 0.04 < moved <= trainer._clipper.sensitivity
