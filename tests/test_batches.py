@@ -175,7 +175,7 @@ def test_data_that_do_not_fit_are_refused_before_any_row_is_read(tmp_path, chang
 )
 def test_plan_sampler_and_card_agree(tmp_path, changes, dataset, adjacency, event):
     # Much noise: the accountant answers sooner.
-    trainer = DPTrainer(tiny_model(), arguments(tmp_path, target_epsilon=1.0, **changes), dataset)
+    trainer = DPTrainer(tiny_model(), arguments(tmp_path, target_epsilon=1.0, logging_steps=6, **changes), dataset)
     trainer.train()
     report = trainer.privacy_report()
     assert report["guarantee"]["adjacency"] == trainer.plan.adjacency == adjacency
@@ -262,7 +262,7 @@ def test_a_pass_that_is_left_and_begun_again_uses_nothing(tmp_path):
 
 
 def test_a_person_is_the_unit_of_plan_report_and_delta(tmp_path):
-    trainer = DPTrainer(tiny_model(), arguments(tmp_path, expected_batch_size=3), People(7))
+    trainer = DPTrainer(tiny_model(), arguments(tmp_path, target_epsilon=1.0, expected_batch_size=3), People(7))
     trainer.train()
     report = trainer.privacy_report()
     assert report["mechanism"]["num_examples"] == 7 and report["mechanism"]["sampling_rate"] == 3 / 7
@@ -272,7 +272,7 @@ def test_a_person_is_the_unit_of_plan_report_and_delta(tmp_path):
 def test_a_person_never_has_two_rows_in_a_batch(tmp_path):
     people = People(7)
     owner = {tuple(row): unit for row, unit in zip(people.rows.tolist(), people.units, strict=True)}
-    trainer = DPTrainer(tiny_model(), arguments(tmp_path, expected_batch_size=6, max_steps=8), people)
+    trainer = DPTrainer(tiny_model(), arguments(tmp_path, target_epsilon=1.0, expected_batch_size=6), people)
     trainer._charge = lambda: None
     batches = iter(trainer.get_train_dataloader())
     for _ in range(100):
@@ -286,8 +286,9 @@ def test_a_person_with_many_rows_moves_the_clipped_sum_by_at_most_the_clipping_n
     for persons in (6, 7):
         people = People(persons)
         args = arguments(
-            tmp_path / str(persons), expected_batch_size=None, sampling_rate=1.0, max_steps=1, clipping_norm=0.05
-        )
+            tmp_path / str(persons), target_epsilon=1.0, expected_batch_size=None, sampling_rate=1.0, max_steps=1,
+            clipping_norm=0.05,
+        )  # fmt: skip
         trainer = DPTrainer(tiny_model(), args, people)
         # One key for both runs: the first six persons show the same rows.
         trainer._batches._units = OneRowPerUnit(people.units, generator=np.random.Generator(AESCounter(key=1)))

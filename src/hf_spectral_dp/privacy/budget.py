@@ -57,9 +57,14 @@ def check_delta(delta: float, num_examples: int) -> None:
         )
 
 
-@lru_cache(maxsize=8)  # a distribution may take tens of MiB
+@lru_cache(maxsize=4)  # a distribution may take hundreds of MiB
 def _pld(event: dp_event.DpEvent, adjacency: str, grid: float) -> PLDAccountant:
     return PLDAccountant(_RELATIONS[adjacency], value_discretization_interval=grid).compose(event)
+
+
+@lru_cache(maxsize=4096)
+def _epsilon(event: dp_event.DpEvent, delta: float, adjacency: str, grid: float) -> float:
+    return round_up(float(_pld(event, adjacency, grid).get_epsilon(delta)))
 
 
 def epsilon_of(
@@ -80,7 +85,7 @@ def epsilon_of(
     inner = getattr(event, "event", event)
     if isinstance(inner, dp_event.TruncatedSubsampledGaussianDpEvent) and adjacency != "zero-out-one":
         raise ValueError(f"adjacency={adjacency!r}: truncated Poisson sampling is accounted under zero-out-one only.")
-    return round_up(float(_pld(event, adjacency, grid).get_epsilon(delta)))
+    return _epsilon(event, delta, adjacency, grid)
 
 
 def gaussian_epsilon(noise_multiplier: float, delta: float) -> float:
@@ -349,7 +354,8 @@ class PrivacyBudget:
             return high
 
         units = least(10_000, grid=1e-3)  # quick; mostly within a per mille of the official grid, on either side
-        if epsilon(units, _GRID) < 0.998 * self.epsilon:  # many steps that cost less than the wide grid can tell
+        # Many steps may each cost less than the wide grid can tell; not with little noise, where losses are large.
+        if units > 5000 and epsilon(units, _GRID) < 0.998 * self.epsilon:
             units = least(units, _GRID)
         while epsilon(units, _GRID) > self.epsilon:
             units += 1
