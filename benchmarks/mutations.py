@@ -413,7 +413,7 @@ MUTANTS = (
     Mutant(
         "the accountant is told of 2 % more noise than there is",
         appended=((BUDGET, _OPTIMISTIC),),
-        killers=("test_budget.py::test_a_second_accountant_agrees_within_one_percent",),
+        killers=("test_budget.py::test_other_accountants_agree_on_random_schedules",),
     ),
 )
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from benchmarks import crashes, disk_faults
+from benchmarks import crashes, disk_faults, hostile_images
 from benchmarks.crashes import FINISHED, REFUSED, STEPS, Row, complaint, ended, new_run, start, trainer_in
 from benchmarks.report import write_report
 from hf_spectral_dp.checkpoint_files import STATE, CheckpointError, verify
@@ -387,6 +387,7 @@ def checks(quick: bool, seconds: float) -> list[Check]:
         cuts_of_a_ledger,
         disk_faults.full_disk,
         disk_faults.read_only_disk,
+        *([lambda base: hostile_images.run(5000)] if long else []),
         # Further checks go here: anything that takes a folder to work in and returns a row.
     ]
 

@@ -31,7 +31,7 @@ from hf_spectral_dp.token_store import TokenStore, build_token_store
 
 COLUMNS = {"source", "split", "image_column", "label_column"}
 FIELDS = {
-    "data": COLUMNS | {"config_name", "revision", "num_examples", "description"},
+    "data": COLUMNS | {"config_name", "revision", "num_examples", "description", "unit_column", "max_rows_per_unit"},
     "model": {"prior", "prior_source", "super_resolution", "super_resolution_source"},
     "training": set(DPTrainingArguments.__dataclass_fields__) - {"output_dir"},
     "sampling": {"guidance_scale", "temperature", "top_k", "top_p"},
@@ -74,7 +74,8 @@ def tokenise(config: dict[str, Any], model: Any, processor: Any, folder: Path) -
     with PartialState().local_main_process_first():
         if not folder.exists():
             images = load_images(data["source"], data["split"], **options)
-            columns = {"image_column": data.get("image_column", "image"), "label_column": data.get("label_column")}
+            optional = ("image_column", "label_column", "unit_column", "max_rows_per_unit")
+            columns = {name: data[name] for name in optional if name in data}
             build_token_store(images, model, processor, folder, **columns)
     store = TokenStore.load(folder)
     store.check_codec(model)
@@ -146,7 +147,7 @@ def main() -> None:
     }
     card = PrivacyCard(report)
     card.save(folder, license=config["card"].get("license", "other"))
-    print(f"epsilon spent  {trainer.epsilon_spent:.4f} at delta {trainer.plan.delta:.3g}, unit: one image")
+    print(f"epsilon spent  {trainer.epsilon_spent:.4f} at delta {trainer.plan.delta:.3g}, unit: {store.unit}")
     print(f"pipeline       {folder}")
     print(f"card           {folder / 'README.md'}  (check it: hf-spectral-dp verify {folder})")
     print(f"samples        {folder / 'samples.png'}")

@@ -1,6 +1,7 @@
 """A true privacy report of a small plan, ways to change it, and a saved pipeline that carries it."""
 
 import copy
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,35 +15,39 @@ PLAN = PrivacyPlan(
 )
 # Anything may stand in `training`, and any package or source of randomness may be left out; the rest is fixed.
 OPEN = {("training", "lr_scheduler"), ("training", "adapter", "rank"), ("evaluation", 0, "note")}
+TRUNCATED = dataclasses.replace(PLAN, sampling="truncated_poisson", max_batch_size=300)
+SINGLE_PASS = dataclasses.replace(PLAN, sampling="single_pass", noise_multiplier=9.0, steps=30)  # 1.5 passes of 20
+PLANS = [PLAN, TRUNCATED, SINGLE_PASS]
 OPEN_BELOW = {("software",), ("mechanism", "randomness")}
 
 
-def report() -> dict:
+def report(plan: PrivacyPlan = PLAN) -> dict:
     return {
         "schema_version": 1,
         "guarantee": {
-            "epsilon": PLAN.epsilon(),
-            "delta": PLAN.delta,
+            "epsilon": plan.epsilon(),
+            "delta": plan.delta,
             "unit": "one row of the training data (one image with its label)",
-            "adjacency": "add-or-remove-one",
+            "adjacency": plan.adjacency,
             "accountant": "PLD",
             "accountant_version": accountant_version(),
-            "profile": PLAN.profile(),
-            "epsilon_without_amplification": PLAN.epsilon_without_amplification(),
+            "profile": plan.profile(),
+            "epsilon_without_amplification": plan.epsilon_without_amplification(),
         },
         "mechanism": {
             "name": "DP-SGD (Poisson-subsampled Gaussian mechanism)",
-            "sampling": "poisson",
-            "sampling_rate": PLAN.sampling_rate,
-            "num_examples": PLAN.num_examples,
-            "expected_batch_size": PLAN.expected_batch_size,
-            "noise_multiplier": PLAN.noise_multiplier,
+            "sampling": plan.sampling,
+            "sampling_rate": plan.sampling_rate,
+            "max_batch_size": plan.max_batch_size,
+            "num_examples": plan.num_examples,
+            "expected_batch_size": plan.expected_batch_size,
+            "noise_multiplier": plan.noise_multiplier,
             "clipping_norm": 1.0,
-            "planned_steps": PLAN.steps,
-            "charged_steps": PLAN.steps,
+            "planned_steps": plan.steps,
+            "charged_steps": plan.steps,
             "normalisation": "noisy clipped sum divided by the public expected batch size",
             "randomness": describe_randomness(),
-            "event": event_to_dict(PLAN.event()),
+            "event": event_to_dict(plan.event()),
         },
         "training": {
             "trainable_parameters": 1_070_000,
@@ -52,7 +57,7 @@ def report() -> dict:
             "lr_scheduler": "constant",
         },
         "post_processing": ["exponential moving average of the weights, decay 0.99"],
-        "ledger": {"records": PLAN.steps, "head": "ab" * 32},
+        "ledger": {"records": plan.steps, "head": "ab" * 32},
         "software": {"hf_spectral_dp": "0.1.0", "torch": "2.13.0"},
         "data": {"name": "digits", "split": "train", "description": "Grey digits; one writer wrote about ten."},
         "public_components": [{"role": "codec and prior", "source": "drawn glyphs"}],
@@ -93,7 +98,7 @@ def fields_of(value: object, path: tuple = ()) -> Iterator[tuple]:
             yield from fields_of(item, (*path, index))
 
 
-def save_pipeline(folder: Path) -> Path:
+def save_pipeline(folder: Path, plan: PrivacyPlan = PLAN) -> Path:
     """A saved pipeline with its card, and files that are none of the card's business."""
     (folder / "model").mkdir(parents=True)
     (folder / ".cache").mkdir()
@@ -101,7 +106,7 @@ def save_pipeline(folder: Path) -> Path:
     (folder / "model" / "config.json").write_text("{}")
     (folder / "model_index.json").write_text("{}")
     (folder / ".cache" / "state.json").write_text("{}")
-    PrivacyCard(report()).save(folder, license="apache-2.0")
+    PrivacyCard(report(plan)).save(folder, license="apache-2.0")
     return folder
 
 

@@ -1,12 +1,16 @@
 """The accountant against closed forms, a second library and itself."""
 
+import json
 import math
 
+import numpy as np
 import pytest
 from dp_accounting import dp_event
-from opacus.accountants import PRVAccountant
+from scipy import stats
 
+from benchmarks.accountants import agreement, within_budget
 from hf_spectral_dp.privacy.budget import (
+    SAMPLING,
     PrivacyBudget,
     PrivacyPlan,
     default_delta,
@@ -20,8 +24,12 @@ from hf_spectral_dp.privacy.budget import (
 
 @pytest.mark.parametrize(
     "epsilon, num_examples, sampling_rate, steps",
-    [(8.0, 4000, 0.128, 300), (1.0, 60_000, 0.05, 500), (10.0, 50_000, 0.02, 1000), (3.0, 1000, 1.0, 20)],
-)
+    [
+        (8.0, 4000, 0.128, 300), (1.0, 60_000, 0.05, 500), (10.0, 50_000, 0.02, 1000), (3.0, 1000, 1.0, 20),
+        (1.0, 10**9, 1e-7, 10_000),  # here the wide grid is a little below the official one
+        (0.5, 10**6, 1e-3, 5000),  # and here far above
+    ],
+)  # fmt: skip
 def test_the_plan_meets_the_budget_with_hardly_any_noise_to_spare(epsilon, num_examples, sampling_rate, steps):
     plan = PrivacyBudget(epsilon).calibrate(num_examples=num_examples, sampling_rate=sampling_rate, steps=steps)
     assert 0.998 * epsilon < plan.epsilon() <= epsilon
@@ -29,11 +37,89 @@ def test_the_plan_meets_the_budget_with_hardly_any_noise_to_spare(epsilon, num_e
     assert plan.expected_batch_size == pytest.approx(sampling_rate * num_examples)
 
 
-def test_a_second_accountant_agrees_within_one_percent():
-    plan = PrivacyBudget(8.0, 1e-5).calibrate(num_examples=5000, sampling_rate=0.1, steps=200)
-    other = PRVAccountant()
-    other.history = [(plan.noise_multiplier, plan.sampling_rate, plan.steps)]
-    assert plan.epsilon() == pytest.approx(other.get_epsilon(1e-5, eps_error=0.005), rel=0.01)
+def test_other_accountants_agree_on_random_schedules():
+    """The short form of `python -m benchmarks.accountants`."""
+    rows = agreement(tried=5, seed=1)
+    assert rows[0]["tried"] == 5 and not any(row["failed"] for row in rows), rows
+    assert rows[0]["largest_difference"] < 0.01
+
+
+def test_no_prefix_of_a_random_plan_is_over_its_budget():
+    row = within_budget(tried=3, seed=5)
+    assert row["tried"] == 3 and row["failed"] == 0 and row["least_of_budget_used"] > 0.99, row
+
+
+def hockey_stick(p, q, epsilon, dx):
+    """The smallest delta of two densities on one grid."""
+    return float(np.clip(p - math.exp(epsilon) * q, 0, None).sum() * dx)
+
+
+@pytest.mark.parametrize("rows, rate, size, noise", [(4, 0.5, 2, 1.0), (10, 0.1, 3, 1.0), (4, 1.0, 2, 1.0)])
+def test_truncated_sampling_costs_what_its_densities_say(rows, rate, size, noise):
+    """One step on the worst data: one row pulls up, all others down. D' has a null row at the place of the one."""
+    x, dx = np.linspace(-size - 12, 14, 60_001, retstep=True)
+
+    def normal(mean):
+        return np.exp(-((x - mean) ** 2) / (2 * noise**2)) / (noise * math.sqrt(2 * math.pi))
+
+    with_row = without = np.zeros_like(x)
+    for others in range(rows):
+        weight = stats.binom(rows - 1, rate).pmf(others)
+        if others < size:  # nothing is cut
+            kept, enters = others, rate
+        else:  # it is in the batch with probability size / (others + 1) if it was sampled, and takes somebody's place
+            kept, enters = size, rate * size / (others + 1)
+        rest = kept if others < size else kept - 1
+        with_row = with_row + weight * ((1 - enters) * normal(-kept) + enters * normal(1 - rest))
+        without = without + weight * ((1 - enters) * normal(-kept) + enters * normal(-rest))
+    truncated = dp_event.TruncatedSubsampledGaussianDpEvent(rows, rate, size, noise)
+    for epsilon in (0.2, 1.0):
+        delta = max(hockey_stick(with_row, without, epsilon, dx), hockey_stick(without, with_row, epsilon, dx))
+        assert epsilon - 1e-4 <= epsilon_of(truncated, delta, "zero-out-one")
+    gaussian = dp_event.GaussianDpEvent(noise)
+    poisson = dp_event.PoissonSampledDpEvent(rate, gaussian)
+    assert epsilon_of(truncated, delta, "zero-out-one") > epsilon_of(poisson, delta)
+    if rate == 1.0:  # a uniform half of the rows is not Poisson sampling at rate 1/2: its account would be too low
+        assert epsilon_of(dp_event.PoissonSampledDpEvent(size / rows, gaussian), delta) < 0.9
+
+
+def test_truncation_far_away_costs_nothing_and_its_relation_is_not_chosen_freely():
+    event = dp_event.SelfComposedDpEvent(dp_event.TruncatedSubsampledGaussianDpEvent(5000, 0.05, 5000, 2.0), 10)
+    poisson = dp_event.PoissonSampledDpEvent(0.05, dp_event.GaussianDpEvent(2.0))
+    assert epsilon_of(event, 1e-5, "zero-out-one") == epsilon_of(dp_event.SelfComposedDpEvent(poisson, 10), 1e-5)
+    with pytest.raises(ValueError, match="adjacency='add-or-remove-one': truncated .* under zero-out-one only"):
+        epsilon_of(event, 1e-5)
+    with pytest.raises(ValueError, match="adjacency='replace-one' is not one of add-or-remove-one, zero-out-one"):
+        epsilon_of(event, 1e-5, "replace-one")
+
+
+def test_a_pass_costs_one_gaussian_whatever_its_batches():
+    def plan(batch, steps):
+        return PrivacyBudget(4.0, 1e-5).calibrate(
+            num_examples=1003, sampling_rate=batch / 1003, steps=steps, sampling="single_pass"
+        )
+
+    whole, split = plan(1003, 1), plan(10, 101)
+    assert split.steps_per_pass == 101 and whole.noise_multiplier == split.noise_multiplier
+    costs = {plan(10, 303).epsilon(steps) for steps in (203, 250, 303)}
+    assert len(costs) == 1 and plan(10, 303).event(202) == plan(10, 303).event(102) != plan(10, 303).event(203)
+    exact = gaussian_epsilon(split.noise_multiplier, 1e-5)
+    assert split.epsilon(1) == split.epsilon(101) == pytest.approx(exact, abs=2e-4)
+    assert split.epsilon_without_amplification() == pytest.approx(split.epsilon(), abs=2e-4)
+    assert split.expected_batch_size == pytest.approx(10)
+
+
+@pytest.mark.parametrize("sampling, relation", SAMPLING.items())
+def test_every_sampling_states_its_relation_and_survives_json(sampling, relation):
+    size = 400 if sampling == "truncated_poisson" else None
+    plan = PrivacyBudget(1.0, 1e-5).calibrate(
+        num_examples=5000, sampling_rate=0.05, steps=300, sampling=sampling, max_batch_size=size
+    )
+    assert plan.adjacency == relation and 0.99 < plan.epsilon() <= 1.0
+    assert PrivacyPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    assert event_from_dict(json.loads(json.dumps(event_to_dict(plan.event())))) == plan.event()
+    assert plan.epsilon(0) == 0 < plan.epsilon(1) <= plan.epsilon(299) <= plan.epsilon()
+
 
 
 @pytest.mark.parametrize("noise_multiplier", [0.3, 1.0, 4.0])
@@ -93,6 +179,11 @@ def test_an_impossible_epsilon_is_refused(epsilon):
         ({"sampling_rate": 0.0}, "sampling_rate=0.0"),
         ({"steps": 0}, "steps=0"),
         ({"num_examples": 0}, "num_examples=0"),
+        ({"sampling": "shuffled"}, "sampling='shuffled' is none that the accountant has a proof for; choose one of"),
+        ({"sampling": "truncated_poisson"}, "max_batch_size=None must be at least the expected batch size 500"),
+        ({"sampling": "truncated_poisson", "max_batch_size": 499}, "max_batch_size=499 must be at least"),
+        ({"max_batch_size": 600}, "max_batch_size=600 is for sampling='truncated_poisson' only, not 'poisson'"),
+        ({"sampling": "single_pass", "sampling_rate": 0.0301}, "expected_batch_size=150.5 must be a whole number"),
     ],
 )
 def test_an_impossible_plan_is_refused(changes, message):

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from card_reports import PLAN, body, changed, fields_of, report, save_pipeline, value_at
+from card_reports import PLAN, PLANS, SINGLE_PASS, TRUNCATED, body, changed, fields_of, report, save_pipeline, value_at
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
@@ -54,6 +54,15 @@ def test_the_readme_says_what_a_reader_must_know():
         assert f"| {entry['delta']} | {entry['epsilon']} |" in text
 
 
+@pytest.mark.parametrize("plan", [TRUNCATED, SINGLE_PASS], ids=lambda plan: plan.sampling)
+def test_another_relation_is_said_in_words(plan):
+    text = PrivacyCard(report(plan)).render()
+    assert "differentially private under replacing one row of" in text and "by an empty place that contributes" in text
+    assert "adding or removing" not in text and "added or removed" not in text and "zeroed out" in text
+    assert f"| {plan.sampling}, rate 0.05 |".replace("_", "\\_") in text
+    assert ("| Largest batch | 300 |" in text) == (plan is TRUNCATED)
+
+
 def test_nothing_to_list_is_said_in_words():
     fields = {**report(), "public_components": [], "outside_guarantee": [], "evaluation": [], "post_processing": []}
     fields["training"]["adapter"] = None
@@ -63,13 +72,14 @@ def test_nothing_to_list_is_said_in_words():
     assert "| adapter | none |" in text
 
 
-def test_a_stranger_recomputes_epsilon_with_the_snippet():
-    text = PrivacyCard(report()).render()
-    (snippet,) = re.findall(r"```python\n(from dp_accounting.*?)```", text, re.DOTALL)
-    assert len([line for line in snippet.splitlines() if line]) == 6
+@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.sampling)
+def test_a_stranger_recomputes_epsilon_with_the_snippet(plan):
+    text = PrivacyCard(report(plan)).render()
+    (snippet,) = re.findall(r"```python\n(import dp_accounting.*?)```", text, re.DOTALL)
+    assert len([line for line in snippet.splitlines() if line]) <= 9
     names: dict = {}
     exec(snippet, names)
-    assert round_up(names["epsilon"]) == PLAN.epsilon()  # the same library at the same grid: not a digit apart
+    assert round_up(names["epsilon"]) == plan.epsilon()  # the same library at the same grid: not a digit apart
 
 
 def test_how_sure_one_can_become():

@@ -1,4 +1,4 @@
-"""Poisson sampling: every row, every subset, every split over ranks has the probability that the accountant assumes."""
+"""Sampling: every row, subset and split over ranks has the probability that the accountant assumes; passes take all."""
 
 import itertools
 import pickle
@@ -8,7 +8,14 @@ import pytest
 from randomgen import AESCounter
 from scipy import stats
 
-from hf_spectral_dp.privacy.sampling import PoissonSampler
+from hf_spectral_dp.privacy.budget import PrivacyPlan
+from hf_spectral_dp.privacy.sampling import (
+    PoissonSampler,
+    SinglePass,
+    TruncatedPoissonSampler,
+    check_sampler,
+    sampler_for,
+)
 
 # Fixed keys make the statistical tests repeatable. With a right sampler a fresh key would fail one in ALARM.
 ALARM = 1e-4
@@ -90,6 +97,31 @@ def test_a_tiny_rate_is_exact_and_cheap(num_examples, sampling_rate):
     assert ALARM < stats.poisson(mean * trials).cdf(total) < 1 - ALARM
 
 
+@pytest.mark.parametrize("sampling_rate", [1e-7, 1e-6, 1e-5])
+def test_the_law_of_tiny_rates(sampling_rate):
+    """Batches of 100 rows: the law of their sizes, of the places in the data, of pairs, and of neighbours in time.
+
+    A mask of float32 uniforms has steps of 2**-24, so its rate of 1e-7 would be 1.2e-7: 400 deviations off here.
+    """
+    rows, trials = round(100 / sampling_rate), 3000
+    sampler = PoissonSampler(rows, sampling_rate, generator=fixed(41))
+    batches = [sampler.next_batch() for _ in range(trials)]
+    sizes, law = np.array([len(batch) for batch in batches]), stats.binom(rows, sampling_rate)
+    edges = np.unique(law.ppf(np.arange(1, 20) / 20))
+    cells = np.bincount(np.searchsorted(edges, sizes), minlength=len(edges) + 1)  # (-inf, e0], (e0, e1], ...
+    expected = trials * np.diff([0, *law.cdf(edges), 1])
+    assert stats.chisquare(cells, expected).pvalue > ALARM
+    everything = np.concatenate(batches)
+    for cell in (everything * 200 // rows, everything % 200):  # no place and no residue is preferred
+        assert stats.chisquare(np.bincount(cell, minlength=200)).pvalue > ALARM
+    # Rows: the two halves of the data vote independently. Batches: none remembers the one before.
+    lower = np.array([(batch < rows // 2).sum() for batch in batches])
+    for first, second in ((lower, sizes - lower), (sizes[1:], sizes[:-1])):
+        assert stats.pearsonr(first, second).pvalue > ALARM
+    repeated = sum(len(np.intersect1d(a, b)) for a, b in itertools.pairwise(batches))
+    assert stats.poisson(100 * sampling_rate * trials).sf(repeated - 1) > ALARM
+
+
 def test_empty_batches_are_given_not_skipped():
     sampler = PoissonSampler(3, 0.1, generator=fixed(50))
     batches = [sampler.next_batch() for _ in range(100)]
@@ -131,3 +163,89 @@ def test_no_seed_reaches_the_sampler():
 def test_what_cannot_work_is_refused(arguments, named):
     with pytest.raises(ValueError, match=named):
         PoissonSampler(*arguments)
+
+
+# -- truncated -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_truncated_subsets_have_the_law_of_the_event(size):
+    """Small subsets as in Poisson sampling; of larger ones, a uniform subset of the largest size."""
+    rows, rate, trials = 5, 0.45, 20_000
+    sampler = TruncatedPoissonSampler(rows, rate, size, generator=fixed(60))
+    counts = np.bincount([int((1 << sampler.next_batch()).sum()) for _ in range(trials)], minlength=2**rows)
+    sizes = np.array([bin(subset).count("1") for subset in range(2**rows)])
+    probabilities = np.where(sizes < size, rate**sizes * (1 - rate) ** (rows - sizes), 0.0)
+    probabilities[sizes == size] = stats.binom(rows, rate).sf(size - 1) / (sizes == size).sum()
+    assert counts[sizes > size].sum() == 0
+    assert stats.chisquare(counts[sizes <= size], trials * probabilities[sizes <= size]).pvalue > ALARM
+
+
+def test_truncation_that_never_happens_changes_nothing():
+    sampler = TruncatedPoissonSampler(10**6, 1e-4, 10**6, generator=fixed(61))
+    plain = PoissonSampler(10**6, 1e-4, generator=fixed(61))
+    assert all(np.array_equal(sampler.next_batch(), plain.next_batch()) for _ in range(20))
+
+
+# -- one pass --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_examples, batch_size", [(10, 3), (9, 3), (1, 5), (7, 7)])
+def test_a_pass_has_every_place_in_one_batch(num_examples, batch_size):
+    batches = list(SinglePass(num_examples, batch_size).batches(iter(range(100, 200))))
+    assert [row for batch in batches for row in batch] == list(range(100, 100 + num_examples))
+    assert len(batches) == -(-num_examples // batch_size) and max(map(len, batches)) <= batch_size
+
+
+def test_a_null_row_keeps_its_place_and_a_short_stream_its_steps():
+    rows = [0, 1, None, 3, 4, 5]
+    assert list(SinglePass(6, 2).batches(rows)) == [[0, 1], [3], [4, 5]]
+    assert list(SinglePass(9, 3).batches(rows)) == [[0, 1], [3, 4, 5], []]
+
+
+def test_a_row_is_read_only_when_its_batch_is_asked_for():
+    read = []
+    batches = SinglePass(6, 2).batches(read.append(row) or row for row in range(6))
+    assert read == [] and next(batches) == [0, 1] and read == [0, 1]
+
+
+# -- plan and sampler ------------------------------------------------------------------------------------------------
+
+
+def plan(sampling: str = "poisson", **changes) -> PrivacyPlan:
+    facts = {"num_examples": 100, "sampling_rate": 0.1, "steps": 5, "noise_multiplier": 1.0, "delta": 1e-3}
+    return PrivacyPlan(**{**facts, "target_epsilon": 9.0, "sampling": sampling, **changes})
+
+
+PLANS = [plan(), plan("truncated_poisson", max_batch_size=20), plan("single_pass")]
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_a_plan_accepts_its_own_sampler_and_no_other(index):
+    check_sampler(sampler_for(PLANS[index]), PLANS[index])
+    others = [sampler_for(other) for other in PLANS if other is not PLANS[index]]
+    changed = plan(PLANS[index].sampling, num_examples=200, max_batch_size=PLANS[index].max_batch_size)
+    mine = type("Mine", (PoissonSampler,), {})(100, 0.1)
+    for wrong in (*others, sampler_for(changed), mine, "poisson", None):
+        with pytest.raises(ValueError, match=f"no proof for it: epsilon holds for sampling='{PLANS[index].sampling}'"):
+            check_sampler(wrong, PLANS[index])
+
+
+def test_a_rank_draws_its_own_rows():
+    check_sampler(sampler_for(plan(), 1, 4), plan(), 1, 4)
+    with pytest.raises(ValueError, match="no proof"):
+        check_sampler(sampler_for(plan(), 0, 4), plan(), 1, 4)
+
+
+@pytest.mark.parametrize("chosen", PLANS[1:], ids=lambda chosen: chosen.sampling)
+def test_what_is_not_proven_for_several_processes_is_refused(chosen):
+    with pytest.raises(ValueError, match="is proven for one process, not world_size=2"):
+        sampler_for(chosen, 0, 2)
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_batch_of_nothing_is_refused(size):
+    with pytest.raises(ValueError, match=f"max_batch_size={size}"):
+        TruncatedPoissonSampler(10, 0.1, size)
+    with pytest.raises(ValueError, match=f"batch_size={size} must be at least 1"):
+        SinglePass(10, size)

@@ -269,3 +269,47 @@ build_token_store(stream, model, SpectralImageProcessor(), {str(tmp_path / "stor
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=90)
     assert done.returncode == 1 and "label 99" in done.stderr, done.stderr
+
+
+def test_a_store_knows_whose_rows_it_holds(random_images, grey_model, processor, tmp_path):
+    """Ten persons in turn, three images of each at most; a broken image takes nobody's place."""
+    rows = [{"image": image, "who": f"p{i % 10}"} for i, image in enumerate(random_images)]
+    rows.insert(0, {"image": b"junk", "who": "p0"})
+    store = build(rows, grey_model, processor, tmp_path / "store", unit_column="who", max_rows_per_unit=3, batch_size=7)
+    assert store.report == {"images": 30, "undecodable": 1, "unlabelled": 30, "units": 10, "beyond_limit": 10}
+    assert store.units.tolist() == [i % 10 for i in range(30)] and store.verify()
+    assert store.unit == "all rows with one value of 'who' (a person; at most 3 images of each are used)"
+    plain = build(rows[1:31], grey_model, processor, tmp_path / "plain")
+    torch.testing.assert_close(store[np.arange(30)], plain[np.arange(30)])
+    assert plain.units is None and "one image" in plain.unit
+    moved = [{**row, "who": "p0"} if i == 5 else row for i, row in enumerate(rows)]
+    other = build(moved, grey_model, processor, tmp_path / "other", unit_column="who", max_rows_per_unit=4)
+    assert other.fingerprint != store.fingerprint != plain.fingerprint
+
+
+def test_units_cross_chunks(grey_model, processor, tmp_path, monkeypatch, random_images):
+    monkeypatch.setattr("hf_spectral_dp.token_store._ROWS_PER_CHUNK", 16)
+    rows = [{"image": image, "who": i // 2} for i, image in enumerate(random_images)]
+    store = build(rows, grey_model, processor, tmp_path / "s", batch_size=7, unit_column="who", max_rows_per_unit=2)
+    assert store.units.tolist() == [i // 2 for i in range(40)] and store.verify()
+    assert pickle.loads(pickle.dumps(store)).units.tolist() == store.units.tolist()
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        ({"unit_column": "who"}, "unit_column='who' and max_rows_per_unit=None"),
+        ({"max_rows_per_unit": 2}, "unit_column=None and max_rows_per_unit=2"),
+        ({"unit_column": "who", "max_rows_per_unit": 2}, "unit_column='who' is not a column"),
+    ],
+)
+def test_units_that_cannot_work_fail_before_reading(grey_model, processor, tmp_path, options, named):
+    with pytest.raises(ValueError, match=named):
+        build(Unread(), grey_model, processor, tmp_path / "store", **options)
+
+
+def test_an_image_without_a_person_leaves_nothing(random_images, grey_model, processor, tmp_path):
+    rows = [{"image": random_images[0], "who": "a"}, {"image": random_images[1], "who": None}]
+    with pytest.raises(ValueError, match="who=None names no person"):
+        build(rows, grey_model, processor, tmp_path / "store", unit_column="who", max_rows_per_unit=2)
+    assert list(tmp_path.iterdir()) == []

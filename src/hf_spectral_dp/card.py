@@ -23,7 +23,7 @@ from jsonschema import Draft202012Validator, TypeChecker
 from jsonschema.validators import extend
 from yaml import YAMLError
 
-from .privacy.budget import PrivacyPlan, accountant_version, epsilon_of, event_from_dict
+from .privacy.budget import PrivacyPlan, accountant_version, event_to_dict
 
 REPORT_NAME = "privacy.json"
 README_NAME = "README.md"
@@ -69,9 +69,13 @@ class PrivacyCard:
     def guarantee(self) -> str:
         """The guarantee in one sentence."""
         fields = self.report["guarantee"]
+        changes = {
+            "add-or-remove-one": f"adding or removing {fields['unit']}",
+            "zero-out-one": f"replacing {fields['unit']} by an empty place that contributes nothing",
+        }
         return (
-            f"Training was (ε = {fields['epsilon']}, δ = {fields['delta']})-differentially private under adding or"
-            f" removing {fields['unit']}."
+            f"Training was (ε = {fields['epsilon']}, δ = {fields['delta']})-differentially private under"
+            f" {changes[fields['adjacency']]}."
         )
 
     @classmethod
@@ -157,8 +161,8 @@ class PrivacyCard:
         """As `verify`, by check: what was checked, and its contradictions."""
         report = self.report
         results = {
-            "event agrees with the mechanism": _event_contradictions(report["mechanism"]),
-            "epsilon covers the recorded event": _epsilon_contradictions(report),
+            "event agrees with the mechanism": _event_contradictions(report),
+            "epsilon covers the recorded mechanism": _epsilon_contradictions(report),
             "ledger agrees with the charged steps": _ledger_contradictions(report),
         }
         if folder is not None:
@@ -240,6 +244,25 @@ def _against_schema(report: dict[str, Any]) -> list[str]:
     return sorted(set(problems))
 
 
+def _plan_of(report: dict[str, Any]) -> PrivacyPlan:
+    """The plan that the recorded mechanism followed.
+
+    Raises:
+        ValueError: there is no such plan.
+    """
+    guarantee, mechanism = report["guarantee"], report["mechanism"]
+    return PrivacyPlan(
+        num_examples=mechanism["num_examples"],
+        sampling_rate=mechanism["sampling_rate"],
+        steps=mechanism["planned_steps"],
+        noise_multiplier=mechanism["noise_multiplier"],
+        target_epsilon=guarantee["epsilon"],
+        delta=guarantee["delta"],
+        sampling=mechanism["sampling"],
+        max_batch_size=mechanism["max_batch_size"],
+    )
+
+
 def _against_each_other(report: dict[str, Any]) -> list[str]:
     guarantee, mechanism = report["guarantee"], report["mechanism"]
     delta, num_examples = guarantee["delta"], mechanism["num_examples"]
@@ -261,49 +284,41 @@ def _against_each_other(report: dict[str, Any]) -> list[str]:
             f"mechanism.expected_batch_size={size} must be sampling_rate * num_examples = {expected}; batches of a size"
             " that depends on the data are another mechanism"
         )
+    try:
+        adjacency = _plan_of(report).adjacency
+    except ValueError as error:
+        problems.append(f"mechanism: {str(error).removesuffix('.')}")
+    else:
+        if guarantee["adjacency"] != adjacency:
+            problems.append(
+                f"guarantee.adjacency={guarantee['adjacency']!r} must be {adjacency!r}, the relation that"
+                f" sampling={mechanism['sampling']!r} is accounted under; take both from DPTrainer.privacy_report()"
+            )
     return problems
 
 
 # -- what can be recomputed ------------------------------------------------------------------------------------------
 
 
-def _event_contradictions(mechanism: dict[str, Any]) -> list[str]:
-    composed = mechanism["event"]
-    sampled = composed["event"]
-    in_event = {
-        "charged_steps": composed["count"],
-        "sampling_rate": sampled["sampling_probability"],
-        "noise_multiplier": sampled["event"]["noise_multiplier"],
-    }
+def _event_contradictions(report: dict[str, Any]) -> list[str]:
+    mechanism = report["mechanism"]
+    recorded = dict(_leaves(mechanism["event"]))
+    implied = dict(_leaves(event_to_dict(_plan_of(report).event(mechanism["charged_steps"]))))
     return [
-        f"mechanism.{name}={mechanism[name]}, but the recorded event has {value}."
-        for name, value in in_event.items()
-        if mechanism[name] != value
+        f"mechanism.event.{_name(key)}={recorded.get(key)}, but the mechanism's other facts imply {implied.get(key)}."
+        for key in sorted(recorded.keys() | implied.keys(), key=_name)
+        if recorded.get(key) != implied.get(key)
     ]
 
 
 def _epsilon_contradictions(report: dict[str, Any]) -> list[str]:
-    guarantee, mechanism = report["guarantee"], report["mechanism"]
-    event = event_from_dict(mechanism["event"])
-    plan = PrivacyPlan(
-        num_examples=mechanism["num_examples"],
-        sampling_rate=mechanism["sampling_rate"],
-        steps=mechanism["planned_steps"],
-        noise_multiplier=mechanism["noise_multiplier"],
-        target_epsilon=guarantee["epsilon"],
-        delta=guarantee["delta"],
-    )
-    unamplified = guarantee["epsilon_without_amplification"]
-    claims = [("epsilon", guarantee["epsilon"], epsilon_of(event, plan.delta))]
+    guarantee, charged, plan = report["guarantee"], report["mechanism"]["charged_steps"], _plan_of(report)
+    claims = [("epsilon", guarantee["epsilon"], plan.epsilon(charged))]
     for index, entry in enumerate(guarantee["profile"]):
-        claims.append((f"profile[{index}].epsilon", entry["epsilon"], epsilon_of(event, entry["delta"])))
-    claims.append(
-        (
-            "epsilon_without_amplification",
-            unamplified,
-            plan.epsilon_without_amplification(mechanism["charged_steps"]),
-        )
-    )
+        (recomputed,) = plan.profile(charged, [entry["delta"]])
+        claims.append((f"profile[{index}].epsilon", entry["epsilon"], recomputed["epsilon"]))
+    unamplified = guarantee["epsilon_without_amplification"]
+    claims.append(("epsilon_without_amplification", unamplified, plan.epsilon_without_amplification(charged)))
     return [
         f"guarantee.{name}={recorded} is below {recomputed}, which the recorded mechanism costs (recorded with"
         f" {guarantee['accountant_version']}, recomputed with {accountant_version()})."

@@ -1,4 +1,6 @@
-"""Streamed images to memory-mapped token rows; one row is one image, and one image is one privacy unit.
+"""Streamed images to memory-mapped token rows; one row is one image.
+
+An image is one privacy unit, unless a column names the person it belongs to: then all rows of a person are.
 
 Images pass through once, in batches: decode, preprocess, encode, append to an Arrow file. Memory is bounded by one
 batch whatever the number of images. The rows are then read by index through the page cache, because Poisson sampling
@@ -29,6 +31,7 @@ from datasets import Image as ImageFeature
 from tqdm.auto import tqdm
 
 from .image_sources import UndecodableImageError, decode_image, load_images
+from .privacy.units import FirstRows
 
 logger = logging.getLogger(__name__)
 
@@ -44,13 +47,16 @@ class TokenStore:
 
     Attributes:
         folder: where the store lies.
-        dataset: the rows as a `datasets.Dataset` with the column "input_ids".
+        dataset: the rows as a `datasets.Dataset` with the column "input_ids", and "unit" where persons are known.
         row_length: ids per row, 1 + T: the class or null token, then the image's T tokens.
-        fingerprint: SHA-256 (hex) of all rows in order, so of tokens and labels. Secret as the data are: it confirms a
-            guess of the whole set.
+        units: number of the person of every row, (rows,) int64, in order of first appearance; None if each row is a
+            unit of its own. As secret as the rows; names are not kept.
+        unit: what the privacy unit is, in words.
+        fingerprint: SHA-256 (hex) of all rows in order, so of tokens and labels, and of the units. Secret as the data
+            are: it confirms a guess of the whole set.
         codec_fingerprint: SHA-256 (hex) of the codec that made the rows; see `check_codec`.
         report: {"images": rows, "undecodable": images left out, "unlabelled": rows with the null token for want of a
-            label}.
+            label}; with units also {"units": persons, "beyond_limit": images left out}.
     """
 
     def __init__(self, folder: str | Path):
@@ -76,6 +82,13 @@ class TokenStore:
         self.codec_fingerprint: str = facts["codec_fingerprint"]
         self.report: dict[str, int] = facts["report"]
         self.dataset = Dataset.from_file(str(self.folder / _TOKENS))
+        limit = facts.get("max_rows_per_unit")
+        self.unit: str = "one row of the training data (one image with its label)"
+        self.units: np.ndarray | None = None
+        if limit is not None:
+            column = facts["unit_column"]
+            self.unit = f"all rows with one value of {column!r} (a person; at most {limit} images of each are used)"
+            self.units = self.dataset.data.column("unit").to_numpy()
         self._chunks = [_rows(chunk, self.row_length) for chunk in self.dataset.data.column("input_ids").chunks]
         if len(self) != self.report["images"]:
             raise ValueError(f"{self.folder} holds {len(self)} rows, not {self.report['images']}; build it again.")
@@ -126,6 +139,8 @@ class TokenStore:
         digest = hashlib.sha256()
         for chunk in self._chunks:
             digest.update(chunk.astype("<i4").tobytes())
+        if self.units is not None:
+            digest.update(self.units.astype("<i8").tobytes())
         return digest.hexdigest() == self.fingerprint
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -143,6 +158,8 @@ def build_token_store(
     *,
     image_column: str = "image",
     label_column: str | None = None,
+    unit_column: str | None = None,
+    max_rows_per_unit: int | None = None,
     batch_size: int = 256,
     progress: bool = True,
     overwrite: bool = False,
@@ -157,6 +174,11 @@ def build_token_store(
         image_column: column of the images, in any form that `decode_image` takes.
         label_column: column of integer class labels, or None for an unconditional set. A label None or -1 means
             unlabelled and gives the null token.
+        unit_column: column that names the person an image belongs to (text or a number), or None: every image is a unit
+            of its own. The store remembers who owns which row, and training then protects the person. Memory grows
+            with the number of persons.
+        max_rows_per_unit: at most so many images of a person are kept: the first ones, in the order of the data, that
+            can be decoded. Which are kept depends on that person's images alone.
         batch_size: images per batch.
         progress: show a progress bar.
         overwrite: replace a store that is already there.
@@ -172,18 +194,21 @@ def build_token_store(
     Raises:
         FileExistsError: the folder exists and `overwrite` is False, or it is no token store.
         ValueError: fields that do not fit together (before any image is read), a label outside the model's classes,
-            or not one decodable image.
+            an image without a person, or not one decodable image.
     """
     folder = Path(folder)
-    _check(dataset, model, image_processor, image_column, label_column, batch_size)
+    units = None
+    if unit_column is not None or max_rows_per_unit is not None:
+        units = FirstRows(unit_column, max_rows_per_unit)
+    _check(dataset, model, image_processor, (image_column, label_column, unit_column), batch_size)
     if folder.exists() and not (overwrite and (folder / _FACTS).exists()):
         remedy = "pass overwrite=True or load it" if (folder / _FACTS).exists() else "choose a new folder"
         raise FileExistsError(f"folder={str(folder)!r} already exists; {remedy}.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        examples = _examples(dataset, image_column, label_column)
-        _write(examples, model, image_processor, scratch, batch_size, _total(dataset), progress)
+        examples = _examples(dataset, image_column, label_column, unit_column)
+        _write(examples, model, image_processor, scratch, batch_size, _total(dataset), progress, units)
         _publish(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -201,10 +226,10 @@ def codec_fingerprint(codec: Any) -> str:
 
 
 def _check(
-    dataset: Any, model: Any, image_processor: Any, image_column: str, label_column: str | None, batch_size: int
+    dataset: Any, model: Any, image_processor: Any, columns: tuple[str, str | None, str | None], batch_size: int
 ) -> None:
     """Refuses, before anything is read, what could not work."""
-    config = model.config
+    config, (image_column, label_column, unit_column) = model.config, columns
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1.")
     for name in ("image_size", "num_channels"):
@@ -221,7 +246,8 @@ def _check(
     features = getattr(dataset, "features", None)
     if features is None:
         return
-    for name, column in (("image_column", image_column), ("label_column", label_column)):
+    names = ("image_column", "label_column", "unit_column")
+    for name, column in zip(names, (image_column, label_column, unit_column), strict=True):
         if column is not None and column not in features:
             raise ValueError(f"{name}={column!r} is not a column of the data; choose one of {sorted(features)}.")
     if label_column is not None:
@@ -244,18 +270,23 @@ def _total(dataset: Any) -> int | None:
         return None
 
 
-def _examples(dataset: Any, image_column: str, label_column: str | None) -> Iterator[tuple[Any, Any]]:
-    """(image, label) pairs. Images of a `datasets` source come encoded, so that one broken file harms only itself."""
+def _examples(
+    dataset: Any, image_column: str, label_column: str | None, unit_column: str | None
+) -> Iterator[tuple[Any, Any, Any]]:
+    """(image, label, person). Images of a `datasets` source come encoded, so that one broken file harms only itself."""
     features = getattr(dataset, "features", None)
+    others = (label_column, unit_column)
     if features is not None:
-        dataset = dataset.select_columns([column for column in (image_column, label_column) if column is not None])
+        wanted = dict.fromkeys(column for column in (image_column, *others) if column is not None)
+        dataset = dataset.select_columns(list(wanted))
         if isinstance(features[image_column], ImageFeature):
             dataset = dataset.cast_column(image_column, ImageFeature(decode=False))
     rows: Iterable[Mapping[str, Any]] = iter(dataset)
     finished = False
     try:
         for row in rows:
-            yield row[image_column], None if label_column is None else row[label_column]
+            label, unit = (None if column is None else row[column] for column in others)
+            yield row[image_column], label, unit
         finished = True
     finally:
         if not finished:
@@ -268,13 +299,14 @@ def _examples(dataset: Any, image_column: str, label_column: str | None) -> Iter
 
 
 def _write(
-    examples: Iterator[tuple[Any, Any]],
+    examples: Iterator[tuple[Any, Any, Any]],
     model: Any,
     image_processor: Any,
     folder: Path,
     batch_size: int,
     total: int | None,
     progress: bool,
+    units: FirstRows | None,
 ) -> None:
     """Streams the rows into `folder` and puts the facts beside them."""
     config = model.config
@@ -282,19 +314,24 @@ def _write(
     highest = max([config.null_token_id, *config.class_token_ids])
     type_ = pa.int16() if highest <= np.iinfo(np.int16).max else pa.int32()
     column = pa.list_(type_, row_length)
-    schema = pa.schema([("input_ids", column)])
+    schema = pa.schema([("input_ids", column), *([] if units is None else [("unit", pa.int64())])])
     digest = hashlib.sha256()
     report = {"images": 0, "undecodable": 0, "unlabelled": 0}
     pending: list[np.ndarray] = []
+    written = 0
 
     def flush(sink: pa.RecordBatchStreamWriter, everything: bool) -> None:
+        nonlocal written
         rows = np.concatenate(pending)
         pending.clear()
         whole = len(rows) if everything else len(rows) - len(rows) % _ROWS_PER_CHUNK
         for start in range(0, whole, _ROWS_PER_CHUNK):
             chunk = rows[start : min(start + _ROWS_PER_CHUNK, whole)]
-            values = pa.array(chunk.reshape(-1), type=type_)
-            sink.write_batch(pa.record_batch([pa.FixedSizeListArray.from_arrays(values, type=column)], schema=schema))
+            arrays = [pa.FixedSizeListArray.from_arrays(pa.array(chunk.reshape(-1), type=type_), type=column)]
+            if units is not None:
+                arrays.append(pa.array(units.units[written : written + len(chunk)], type=pa.int64()))
+            sink.write_batch(pa.record_batch(arrays, schema=schema))
+            written += len(chunk)
         if whole < len(rows):
             pending.append(rows[whole:])
 
@@ -306,9 +343,12 @@ def _write(
             tqdm(total=total, unit="image", desc="tokenising", disable=not progress) as bar,
         ):
             for number, batch in enumerate(_batches(examples, batch_size)):
-                pixels, kept, reasons = _pixels([image for image, _ in batch], image_processor)
+                pixels, kept, reasons = _pixels([image for image, _, _ in batch], image_processor)
                 first_reason = first_reason or next(iter(reasons), None)
                 report["undecodable"] += len(reasons)
+                if units is not None and pixels is not None:
+                    few = units.keep([batch[index][2] for index in kept])
+                    pixels, kept = pixels[few], [kept[position] for position in few]
                 if kept:
                     labels = [batch[index][1] for index in kept]
                     starts = _start_tokens(labels, config, number * batch_size)
@@ -329,6 +369,9 @@ def _write(
             f"not one image could be decoded, {report['undecodable']} were tried; the first failed with"
             f" {first_reason!r}. Check image_column and the source."
         )
+    if units is not None:
+        digest.update(np.asarray(units.units, dtype="<i8").tobytes())
+        report |= {"units": max(units.units) + 1, "beyond_limit": units.beyond_limit}
     if report["undecodable"]:
         # How many, and why, depends on the private images; a log is not as private as the store is.
         logger.warning("some images could not be decoded and were left out; report['undecodable'] counts them.")
@@ -338,11 +381,13 @@ def _write(
         "fingerprint": digest.hexdigest(),
         "codec_fingerprint": codec_fingerprint(model.codec),
         "report": report,
+        "unit_column": units and units.column,
+        "max_rows_per_unit": units and units.limit,
     }
     (folder / _FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
-def _batches(examples: Iterator[tuple[Any, Any]], size: int) -> Iterator[list[tuple[Any, Any]]]:
+def _batches(examples: Iterator[tuple[Any, Any, Any]], size: int) -> Iterator[list[tuple[Any, Any, Any]]]:
     while batch := list(itertools.islice(examples, size)):
         yield batch
 

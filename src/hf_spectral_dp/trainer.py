@@ -1,13 +1,13 @@
 """A `transformers.Trainer` whose every optimizer step is one differentially private release.
 
 The Hugging Face loop stays as it is: optimizer, schedule, callbacks and checkpoints work as users know them. What
-changes is where batches come from (Poisson sampling over row indices), what `training_step` does (charge the ledger,
+changes is where batches come from (`privacy.sampling`), what `training_step` does (charge the ledger,
 add up clipped per-example gradients, add noise once, write `p.grad`) and what is logged (nothing that the guarantee
 does not cover).
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
+from .batches import BatchLoader, count_units
 from .checkpoint_files import CheckpointError, clear_staging, newest_whole, verify
-from .privacy.budget import ADJACENCY, accountant_version, event_to_dict
+from .privacy.budget import accountant_version, event_to_dict
 from .privacy.clipping import PerExampleClipper
 from .privacy.ledger import PrivacyLedger
 from .privacy.mechanism import NoisyClippedMean
 from .privacy.noise import describe_randomness
-from .privacy.sampling import PoissonSampler
 from .quiet_trainer import QuietTrainer
 from .training_args import DPTrainingArguments
 
@@ -34,6 +34,11 @@ logger = logging.getLogger(__name__)
 
 LEDGER = "privacy_ledger.jsonl"
 _AVERAGE = "averaged_weights.safetensors"
+_MECHANISMS = {
+    "poisson": "DP-SGD (Poisson-subsampled Gaussian mechanism)",
+    "truncated_poisson": "DP-SGD (Gaussian mechanism on truncated Poisson batches)",
+    "single_pass": "DP-SGD (Gaussian mechanism, each row in one batch of a pass)",
+}
 _SOFTWARE = ("hf_spectral_dp", "torch", "transformers", "dp-accounting", "randomgen", "peft")
 
 
@@ -45,19 +50,22 @@ class DPTrainer(QuietTrainer):
             must be public: they are what the guarantee starts from.
         args: `DPTrainingArguments`.
         train_dataset: a `TokenStore`, or anything with `len`, `dataset[indices] -> {"input_ids": (b, 1 + T)}` and a
-            `fingerprint`. One row is one privacy unit.
+            `fingerprint`. One row is one privacy unit; with an attribute `units`, the unit of every row, a person is,
+            and contributes one of its rows whenever it is sampled. With `sampling="single_pass"` also a stream: any
+            iterable of {"input_ids": (1 + T,)}, in which None keeps the place of a row that cannot be used, and of
+            `args.num_examples` rows. Such a run cannot be resumed.
         callbacks, optimizers: as in transformers.
 
     Formal guarantee: the sequence of all weights, of all checkpoints and of everything logged is
-    (`privacy_report()["guarantee"]["epsilon"]`, delta)-differentially private under adding or removing one row of
-    `train_dataset`, by `PrivacyPlan` and post-processing. Assumptions: the number of rows and all arguments are public
-    and were not chosen by looking at the rows; the model was not trained on them before; `per_example_loss` of a row
-    depends on that row and the weights alone; the time a step takes is not observed; the files `privacy_ledger.jsonl`
-    and the checkpoints' optimizer states are covered by the guarantee, the token store is not.
+    (`privacy_report()["guarantee"]["epsilon"]`, delta)-differentially private for one unit of `train_dataset` under
+    `plan.adjacency`, by `PrivacyPlan` and post-processing. Assumptions: the number of units and all arguments are
+    public and were not chosen by looking at the rows; the model was not trained on them before; `per_example_loss` of a
+    row depends on that row and the weights alone; the time a step takes is not observed; `privacy_ledger.jsonl` and the
+    checkpoints' optimizer states are covered by the guarantee, the token store is not.
 
     Raises:
-        ValueError: a dataset without random access, arguments that cannot work, or a trainable parameter whose
-            per-example gradient no rule gives; all before any row is read.
+        ValueError: data that cannot be sampled as `args.sampling` says, arguments that cannot work, or a trainable
+            parameter whose per-example gradient no rule gives; all before any row is read.
     """
 
     args: DPTrainingArguments
@@ -72,14 +80,12 @@ class DPTrainer(QuietTrainer):
     ):
         if not isinstance(args, DPTrainingArguments):
             raise ValueError(f"args is a {type(args).__name__}; DPTrainer needs DPTrainingArguments.")
-        if not hasattr(train_dataset, "__len__") or not hasattr(train_dataset, "fingerprint"):
-            raise ValueError(
-                f"train_dataset of type {type(train_dataset).__name__} cannot be sampled by index; Poisson batches need"
-                " that: make a token store with hf_spectral_dp.token_store.build_token_store."
-            )
+        self.plan = args.plan(count_units(train_dataset, args))
+        self._batches = BatchLoader(
+            train_dataset, self.plan, args.process_index, args.world_size, lambda: self._charged
+        )
         if not hasattr(model, "per_example_loss"):
             raise ValueError(f"{type(model).__name__} has no per_example_loss(input_ids) -> (B,); give it one.")
-        self.plan = args.plan(len(train_dataset))
         args.max_steps = self.plan.steps
         if args.lora_rank:
             targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -115,11 +121,18 @@ class DPTrainer(QuietTrainer):
                 run goes on: steps that a crash lost stay paid, and repeated ones draw fresh rows and fresh noise.
 
         Raises:
+            ValueError: `get_train_dataloader` was replaced, or a run with sampling="single_pass" is resumed.
             LedgerError: a new run in a folder that already holds a ledger, or a resumed run whose ledger is missing,
                 altered, behind the checkpoint, or of another plan or data set.
             CheckpointError: the checkpoint to resume from is damaged, or one could not be saved.
         """
         self.check_quiet()
+        self._batches.check(self.get_train_dataloader())
+        if resume_from_checkpoint and self.plan.sampling == "single_pass":
+            raise ValueError(
+                "sampling='single_pass' cannot be resumed: where the stream stood is not known, and a row must not be"
+                " used twice in a pass. The last checkpoint is private as it is; or start a new run and add up both."
+            )
         step = self.on_first(lambda: self._begin(resume_from_checkpoint))
         self._charged = self.from_first(self._charged)
         if resume_from_checkpoint is True:
@@ -136,19 +149,21 @@ class DPTrainer(QuietTrainer):
         self._postprocess()
         return TrainOutput(output.global_step, float("nan"), self.publishable(output.metrics))
 
-    def get_train_dataloader(self) -> "_PoissonLoader":
-        """One item per step: the rows of one Poisson batch of this process, {"input_ids": (b, 1 + T)}; b may be 0."""
-        sampler = PoissonSampler(
-            self.plan.num_examples, self.plan.sampling_rate, self.args.process_index, self.args.world_size
-        )
-        return _PoissonLoader(self.train_dataset, sampler, self.plan.steps, lambda: self._charged)
+    def get_train_dataloader(self) -> Any:
+        """The `BatchLoader` of the plan: one item per step. `train` refuses any other loader."""
+        return self._batches
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
         """One application of the mechanism: charge, clip, sum, add noise, divide by the public expected batch size.
 
         Returns:
             Zero. The loss of private rows is private and not part of what the guarantee covers.
+
+        Raises:
+            ValueError: `inputs` is not the batch that the plan's sampler drew last, or it was used already. Nothing is
+                charged then.
         """
+        self._batches.accept(inputs)
         model.train()
         bare = self.accelerator.unwrap_model(model)  # no gradient reaches autograd, so DDP has nothing to reduce
         self._charge()
@@ -192,7 +207,7 @@ class DPTrainer(QuietTrainer):
         header = {
             "plan": self.plan.to_dict(),
             "clipping_norm": self.args.clipping_norm,
-            "data": str(self.train_dataset.fingerprint),
+            "data": str(getattr(self.train_dataset, "fingerprint", "stream")),
             "trainable": {name: list(parameter.shape) for name, parameter in self._clipper.parameters.items()},
             "noise": self._noise.source,
             "log_private_loss": self.args.log_private_loss,
@@ -259,17 +274,18 @@ class DPTrainer(QuietTrainer):
             "guarantee": {
                 "epsilon": plan.epsilon(charged),
                 "delta": plan.delta,
-                "unit": "one row of the training data (one image with its label)",
-                "adjacency": ADJACENCY,
+                "unit": getattr(self.train_dataset, "unit", "one row of the training data (one image with its label)"),
+                "adjacency": plan.adjacency,
                 "accountant": "PLD",
                 "accountant_version": accountant_version(),
                 "profile": plan.profile(charged),
                 "epsilon_without_amplification": plan.epsilon_without_amplification(charged),
             },
             "mechanism": {
-                "name": "DP-SGD (Poisson-subsampled Gaussian mechanism)",
-                "sampling": "poisson",
+                "name": _MECHANISMS[plan.sampling],
+                "sampling": plan.sampling,
                 "sampling_rate": plan.sampling_rate,
+                "max_batch_size": plan.max_batch_size,
                 "num_examples": plan.num_examples,
                 "expected_batch_size": plan.expected_batch_size,
                 "noise_multiplier": plan.noise_multiplier,
@@ -293,22 +309,6 @@ class DPTrainer(QuietTrainer):
             "ledger": {"records": charged, "head": self._head},
             "software": {name: metadata.version(name) for name in _SOFTWARE},
         }
-
-
-class _PoissonLoader:
-    """Yields one Poisson batch per step until the ledger is full."""
-
-    def __init__(self, dataset: Any, sampler: PoissonSampler, steps: int, charged: Callable[[], int]):
-        self.dataset = dataset
-        self._sampler, self._steps, self._charged = sampler, steps, charged
-
-    def __len__(self) -> int:
-        return self._steps
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        # Not simply `steps` times: after a crash some charges are spent on steps that were lost.
-        while self._charged() < self._steps:
-            yield self.dataset[self._sampler.next_batch()]
 
 
 class _Averaging(TrainerCallback):

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from .privacy.budget import PrivacyBudget, PrivacyPlan
+from .privacy.budget import SAMPLING, PrivacyBudget, PrivacyPlan
 
 # The trackers of transformers that can upload checkpoints: the variable that decides, and what holds without it.
 _UPLOADS = {
@@ -27,9 +27,10 @@ class DPTrainingArguments(TrainingArguments):
     """Arguments of `DPTrainer`.
 
     What fixes the guarantee: `target_epsilon`, `target_delta`, `clipping_norm`, `expected_batch_size` or
-    `sampling_rate`, and `max_steps` or `num_train_epochs` (an epoch is 1 / sampling_rate steps). `micro_batch_size`
-    changes speed and memory only. Learning rate, schedule and optimizer are those of transformers; they cost no
-    privacy as long as they were not chosen by looking at the private data.
+    `sampling_rate`, `sampling` with `max_batch_size`, and `max_steps` or `num_train_epochs` (an epoch is
+    1 / sampling_rate steps; with sampling="single_pass" it is one pass). `micro_batch_size` changes speed and memory
+    only. Learning rate, schedule and optimizer are those of transformers; they cost no privacy as long as they were not
+    chosen by looking at the private data.
 
     Raises:
         ValueError: a value that cannot work, or a transformers option that would break the guarantee or publish what
@@ -50,6 +51,20 @@ class DPTrainingArguments(TrainingArguments):
     )
     sampling_rate: float | None = field(
         default=None, metadata={"help": "Probability of each example to enter a step; instead of expected_batch_size."}
+    )
+    sampling: str = field(
+        default="poisson",
+        metadata={
+            "help": "How batches are formed: poisson; truncated_poisson, which cuts batches to max_batch_size; or"
+            " single_pass, which takes a stream in its order and claims no amplification.",
+            "choices": list(SAMPLING),
+        },
+    )
+    max_batch_size: int | None = field(
+        default=None, metadata={"help": "Largest batch of truncated_poisson, some deviations above the expected one."}
+    )
+    num_examples: int | None = field(
+        default=None, metadata={"help": "Rows of a stream without a length, for single_pass; a public number."}
     )
     micro_batch_size: int = field(
         default=128, metadata={"help": "Examples per forward pass and process; for memory and speed only."}
@@ -97,6 +112,18 @@ class DPTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name}={value} must be positive and finite.")
         if self.sampling_rate is not None and self.sampling_rate > 1:
             raise ValueError(f"sampling_rate={self.sampling_rate} is a probability: at most 1.")
+        if self.sampling not in SAMPLING:
+            raise ValueError(f"sampling={self.sampling!r} has no proof; choose one of {', '.join(SAMPLING)}.")
+        if (self.max_batch_size is None) == (self.sampling == "truncated_poisson"):
+            raise ValueError(
+                f"max_batch_size={self.max_batch_size} with sampling={self.sampling!r}: truncated_poisson needs it, and"
+                " nothing else takes it."
+            )
+        if self.num_examples is not None and (self.sampling != "single_pass" or self.num_examples < 1):
+            raise ValueError(
+                f"num_examples={self.num_examples} with sampling={self.sampling!r}: it is the number, at least 1, of"
+                " rows of a stream for single_pass; other data are counted."
+            )
         if self.micro_batch_size < 1:
             raise ValueError(f"micro_batch_size={self.micro_batch_size} must be at least 1.")
         if not 0 <= self.ema_decay < 1:
@@ -140,7 +167,7 @@ class DPTrainingArguments(TrainingArguments):
         return {name: None if name.endswith("_token") else value for name, value in self.__dict__.items()}
 
     def plan(self, num_examples: int) -> PrivacyPlan:
-        """The calibrated plan for that many private rows: how much noise this run needs.
+        """The calibrated plan for that many private units: how much noise this run needs.
 
         Raises:
             ValueError: a batch larger than the data, delta not below 1/N, or no number of steps.
@@ -154,8 +181,18 @@ class DPTrainingArguments(TrainingArguments):
             rate = self.expected_batch_size / num_examples
         else:
             rate = float(self.sampling_rate or 0)
-        steps = self.max_steps if self.max_steps > 0 else math.ceil(self.num_train_epochs / rate)
-        return self.budget.calibrate(num_examples=num_examples, sampling_rate=rate, steps=steps)
+        steps = self.max_steps
+        if steps <= 0 and self.sampling == "single_pass":
+            steps = math.ceil(self.num_train_epochs) * math.ceil(num_examples / max(round(rate * num_examples), 1))
+        elif steps <= 0:
+            steps = math.ceil(self.num_train_epochs / rate)
+        return self.budget.calibrate(
+            num_examples=num_examples,
+            sampling_rate=rate,
+            steps=steps,
+            sampling=self.sampling,
+            max_batch_size=self.max_batch_size,
+        )
 
 
 __all__ = ["DPTrainingArguments"]

@@ -1,7 +1,8 @@
 """From a budget (epsilon, delta) to a plan (noise, rate, steps), and from a plan to the epsilon it really costs.
 
-The official figure is that of privacy loss distributions (dp-accounting, PLD), which composes the Poisson-subsampled
-Gaussian mechanism numerically with an upper bound. Every epsilon printed by this package comes from `epsilon_of`.
+The official figure is that of privacy loss distributions (dp-accounting, PLD), which composes the mechanism numerically
+with an upper bound. Every epsilon printed by this package comes from `epsilon_of`. `SAMPLING` names the ways to form
+batches that there is a proof for; each fixes its event, its neighbouring relation and (in `sampling.py`) its sampler.
 """
 
 import dataclasses
@@ -18,9 +19,17 @@ from dp_accounting.privacy_accountant import NeighboringRelation
 from scipy.optimize import brentq
 from scipy.special import log_ndtr
 
-ADJACENCY = "add-or-remove-one"
 ACCOUNTANT = "PLD"
 
+_RELATIONS = {
+    "add-or-remove-one": NeighboringRelation.ADD_OR_REMOVE_ONE,
+    "zero-out-one": NeighboringRelation.REPLACE_SPECIAL,
+}
+# How batches are formed, and which data sets are neighbours under the proof for it: "add-or-remove-one" unit, or
+# "zero-out-one", where the unit keeps its place but contributes nothing, so that N and all places are public.
+SAMPLING = {"poisson": "add-or-remove-one", "truncated_poisson": "zero-out-one", "single_pass": "zero-out-one"}
+
+_GRID = 1e-4  # on which privacy losses are rounded up: dp-accounting's default, so that strangers find the same figures
 _DIGITS = 4  # of a displayed epsilon and of a noise multiplier, always rounded to the safe side
 
 
@@ -48,21 +57,35 @@ def check_delta(delta: float, num_examples: int) -> None:
         )
 
 
-@lru_cache(maxsize=64)
-def _pld(event: dp_event.DpEvent, grid: float) -> PLDAccountant:
-    return PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=grid).compose(event)
+@lru_cache(maxsize=4)  # a distribution may take hundreds of MiB
+def _pld(event: dp_event.DpEvent, adjacency: str, grid: float) -> PLDAccountant:
+    return PLDAccountant(_RELATIONS[adjacency], value_discretization_interval=grid).compose(event)
 
 
-def epsilon_of(event: dp_event.DpEvent, delta: float, grid: float = 1e-4) -> float:
-    """The epsilon of `event` at `delta`, by PLD with add-or-remove-one adjacency, rounded up to four decimals.
+@lru_cache(maxsize=4096)
+def _epsilon(event: dp_event.DpEvent, delta: float, adjacency: str, grid: float) -> float:
+    return round_up(float(_pld(event, adjacency, grid).get_epsilon(delta)))
+
+
+def epsilon_of(
+    event: dp_event.DpEvent, delta: float, adjacency: str = "add-or-remove-one", grid: float = _GRID
+) -> float:
+    """The epsilon of `event` at `delta`, by PLD, rounded up to four decimals.
 
     `grid` is the step on which losses are rounded up: every grid gives a valid upper bound, a wider one is quicker
-    and looser. The default is dp-accounting's own, so that a stranger recomputes the same figure.
+    and mostly looser. The default is dp-accounting's own, so that a stranger recomputes the same figure.
 
     Raises:
+        ValueError: an unknown relation, or one that the event is not proven for: truncation depends on the number of
+            rows, which adding or removing a row changes.
         dp_accounting.UnsupportedEventError: an event that the accountant has no proof for.
     """
-    return round_up(float(_pld(event, grid).get_epsilon(delta)))
+    if adjacency not in _RELATIONS:
+        raise ValueError(f"adjacency={adjacency!r} is not one of {', '.join(_RELATIONS)}.")
+    inner = getattr(event, "event", event)
+    if isinstance(inner, dp_event.TruncatedSubsampledGaussianDpEvent) and adjacency != "zero-out-one":
+        raise ValueError(f"adjacency={adjacency!r}: truncated Poisson sampling is accounted under zero-out-one only.")
+    return _epsilon(event, delta, adjacency, grid)
 
 
 def gaussian_epsilon(noise_multiplier: float, delta: float) -> float:
@@ -91,7 +114,13 @@ def event_to_dict(event: dp_event.DpEvent) -> dict[str, Any]:
     return fields
 
 
-_EVENTS = ("GaussianDpEvent", "PoissonSampledDpEvent", "SelfComposedDpEvent", "NoOpDpEvent")
+_EVENTS = (
+    "GaussianDpEvent",
+    "PoissonSampledDpEvent",
+    "TruncatedSubsampledGaussianDpEvent",
+    "SelfComposedDpEvent",
+    "NoOpDpEvent",
+)
 
 
 def event_from_dict(fields: Mapping[str, Any]) -> dp_event.DpEvent:
@@ -113,20 +142,35 @@ def event_from_dict(fields: Mapping[str, Any]) -> dp_event.DpEvent:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrivacyPlan:
-    """A mechanism that fits a budget: how often rows are sampled, how much noise is added, how many steps are allowed.
+    """A mechanism that fits a budget: how batches are formed, how much noise is added, how many steps are allowed.
 
     Attributes:
-        num_examples: rows N of the private data; treated as public.
-        sampling_rate: probability q with which each row enters each batch, independently.
+        num_examples: units N of the private data (rows, or persons where a column names them); treated as public.
+        sampling_rate: q, the expected batch size over N. The probability with which each unit enters each batch,
+            independently; with "single_pass" merely the share of the rows that one batch holds.
         steps: number of noisy sums that may be released.
         noise_multiplier: standard deviation of the noise on the clipped sum over the clipping norm.
         target_epsilon: what the user asked for; `epsilon()` never exceeds it.
         delta: the delta at which epsilon is stated.
+        sampling: a key of `SAMPLING`.
+        max_batch_size: the largest batch of "truncated_poisson"; None otherwise.
 
-    Formal guarantee: releasing `steps` sums, each over a fresh Poisson batch at rate `sampling_rate`, of per-example
-    vectors of Euclidean norm at most C, plus N(0, (noise_multiplier C)^2) on every coordinate, is
-    (epsilon(), delta)-differentially private under adding or removing one row (Abadi et al., arXiv:1607.00133; numeric
-    composition by PLD, Doroshenko et al., arXiv:2207.04380). Everything computed from the sums is post-processing.
+    Formal guarantee: release `steps` sums of per-unit vectors of Euclidean norm at most C, each plus
+    N(0, (noise_multiplier C)^2) on every coordinate, over batches that are formed as `sampling` says and stay secret.
+    That is (epsilon(), delta)-differentially private (numeric composition by PLD, Doroshenko et al., arXiv:2207.04380),
+    whatever function of the released sums chooses the next vectors; all else computed from the sums is post-processing.
+        *poisson*, adding or removing one unit. Fresh Poisson batches at rate q (Abadi et al., arXiv:1607.00133).
+        *truncated_poisson*, zeroing out one unit. As above, but of a batch of more than max_batch_size units a uniform
+            subset of that size is kept. This is not free: where the others fill the batch, the unit takes the place of
+            another one and moves the sum by up to 2 C (Ganesh, arXiv:2508.15089).
+        *single_pass*, zeroing out one unit. Consecutive batches of exactly q N places; a pass takes `steps_per_pass`
+            of them and every place is in one. Given the earlier releases of its pass, one step depends on the unit and
+            the others do not, so a pass is one Gaussian mechanism (parallel composition, McSherry, SIGMOD 2009, also
+            with adaptive steps), and k steps are ceil(k / steps_per_pass) of them. No amplification is claimed. Under
+            adding or removing a row this would be false: every later row would move to another place.
+
+    Raises:
+        ValueError: an unknown sampling, or constants that do not fit it.
     """
 
     num_examples: int
@@ -135,34 +179,80 @@ class PrivacyPlan:
     noise_multiplier: float
     target_epsilon: float
     delta: float
+    sampling: str = "poisson"
+    max_batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        size, expected = self.max_batch_size, self.expected_batch_size
+        if self.sampling not in SAMPLING:
+            raise ValueError(
+                f"sampling={self.sampling!r} is none that the accountant has a proof for; choose one of"
+                f" {', '.join(SAMPLING)}."
+            )
+        if self.sampling == "truncated_poisson" and (size is None or size < expected):
+            raise ValueError(
+                f"max_batch_size={size} must be at least the expected batch size {expected:g} with"
+                " sampling='truncated_poisson'; some standard deviations more, for every truncation costs privacy."
+            )
+        if self.sampling != "truncated_poisson" and size is not None:
+            raise ValueError(f"max_batch_size={size} is for sampling='truncated_poisson' only, not {self.sampling!r}.")
+        if self.sampling == "single_pass" and not (round(expected) >= 1 and math.isclose(expected, round(expected))):
+            raise ValueError(
+                f"expected_batch_size={expected:g} must be a whole number of rows with sampling='single_pass'."
+            )
+
+    @property
+    def adjacency(self) -> str:
+        """The neighbouring relation of the guarantee."""
+        return SAMPLING[self.sampling]
 
     @property
     def expected_batch_size(self) -> float:
         """q N, a public constant: the divisor of every noisy sum."""
         return self.sampling_rate * self.num_examples
 
+    @property
+    def steps_per_pass(self) -> int:
+        """Batches in which "single_pass" takes every row once."""
+        return math.ceil(self.num_examples / round(self.expected_batch_size))
+
     def event(self, steps: int | None = None) -> dp_event.DpEvent:
         """The event of `steps` steps (default: all)."""
         count = self.steps if steps is None else steps
         if count == 0:
             return dp_event.NoOpDpEvent()
-        step = dp_event.PoissonSampledDpEvent(self.sampling_rate, dp_event.GaussianDpEvent(self.noise_multiplier))
-        return dp_event.SelfComposedDpEvent(step, count)
+        gaussian = dp_event.GaussianDpEvent(self.noise_multiplier)
+        if self.sampling == "single_pass":
+            return dp_event.SelfComposedDpEvent(gaussian, math.ceil(count / self.steps_per_pass))
+        if self.sampling == "truncated_poisson":
+            return dp_event.SelfComposedDpEvent(
+                dp_event.TruncatedSubsampledGaussianDpEvent(
+                    self.num_examples, self.sampling_rate, self.max_batch_size, self.noise_multiplier
+                ),
+                count,
+            )
+        return dp_event.SelfComposedDpEvent(dp_event.PoissonSampledDpEvent(self.sampling_rate, gaussian), count)
 
     def epsilon(self, steps: int | None = None) -> float:
         """Epsilon spent after `steps` steps (default: all), rounded up to four decimals; 0 after none."""
-        return epsilon_of(self.event(steps), self.delta)
+        return epsilon_of(self.event(steps), self.delta, self.adjacency)
 
     def profile(self, steps: int | None = None, deltas: Sequence[float] | None = None) -> list[dict[str, float]]:
         """Epsilon at several deltas: a fuller picture of the same mechanism than one pair."""
         chosen = deltas or sorted({1e-3, 1e-4, 1e-5, 1e-6, 1e-8, self.delta}, reverse=True)
-        return [{"delta": delta, "epsilon": epsilon_of(self.event(steps), delta)} for delta in chosen]
+        event = self.event(steps)
+        return [{"delta": delta, "epsilon": epsilon_of(event, delta, self.adjacency)} for delta in chosen]
 
     def epsilon_without_amplification(self, steps: int | None = None) -> float:
-        """Epsilon against an observer who knows which rows entered each batch: as if all rows entered all batches."""
+        """Epsilon against an observer who knows which rows entered each batch: as if all rows entered all batches.
+
+        With "single_pass" that observer learns nothing new, and this is `epsilon` by its closed form.
+        """
         count = self.steps if steps is None else steps
         if count == 0:
             return 0.0
+        if self.sampling == "single_pass":
+            count = math.ceil(count / self.steps_per_pass)
         return gaussian_epsilon(self.noise_multiplier / math.sqrt(count), self.delta)  # k Gaussians are one
 
     def to_dict(self) -> dict[str, Any]:
@@ -200,16 +290,26 @@ class PrivacyBudget:
         if self.delta is not None and not 0 < self.delta < 1:
             raise ValueError(f"delta={self.delta} must be in (0, 1), and below 1/N for N private rows.")
 
-    def calibrate(self, *, num_examples: int, sampling_rate: float, steps: int) -> PrivacyPlan:
+    def calibrate(
+        self,
+        *,
+        num_examples: int,
+        sampling_rate: float,
+        steps: int,
+        sampling: str = "poisson",
+        max_batch_size: int | None = None,
+    ) -> PrivacyPlan:
         """The plan with the least noise (to about four digits, never too little) that stays within this budget.
 
         Args:
-            num_examples: rows N of the private data.
+            num_examples: units N of the private data.
             sampling_rate: q in (0, 1]; the expected batch size is q N.
             steps: noisy sums to release, at least 1.
+            sampling: how batches are formed; see `PrivacyPlan`.
+            max_batch_size: of "truncated_poisson".
 
         Raises:
-            ValueError: a value out of range, or delta not below 1/N.
+            ValueError: a value out of range, constants that do not fit `sampling`, or delta not below 1/N.
         """
         if num_examples < 1:
             raise ValueError(f"num_examples={num_examples} must be at least 1.")
@@ -231,29 +331,41 @@ class PrivacyBudget:
                 noise_multiplier=units / 10**_DIGITS,
                 target_epsilon=self.epsilon,
                 delta=delta,
+                sampling=sampling,
+                max_batch_size=max_batch_size,
             )
 
-        def fits(units: int) -> bool:
-            return epsilon_of(plan(units).event(), delta, grid=1e-3) <= self.epsilon
+        def epsilon(units: int, grid: float) -> float:
+            candidate = plan(units)
+            return epsilon_of(candidate.event(), delta, candidate.adjacency, grid)
 
-        # The wider grid is an upper bound too, so what fits here fits the official figure.
-        high = 10_000
-        while not fits(high):
-            high *= 2
-            if high > 10**10:
-                raise ValueError(f"epsilon={self.epsilon} cannot be met with steps={steps}; ask for fewer steps.")
-        low = high // 2
-        while low >= 2000 and fits(low):
-            low, high = low // 2, low
-        while high - low > 1:  # `high` fits, `low` does not (or lies below any noise in use)
-            middle = (low + high) // 2
-            low, high = (low, middle) if fits(middle) else (middle, high)
-        return plan(high)
+        def least(high: int, grid: float) -> int:
+            """The least noise that fits at this grid."""
+            while epsilon(high, grid) > self.epsilon:
+                high *= 2
+                if high > 10**10:
+                    raise ValueError(f"epsilon={self.epsilon} cannot be met with steps={steps}; ask for fewer steps.")
+            low = high // 2
+            while low >= 2000 and epsilon(low, grid) <= self.epsilon:
+                low, high = low // 2, low
+            while high - low > 1:  # `high` fits, `low` does not (or lies below any noise in use)
+                middle = (low + high) // 2
+                low, high = (low, middle) if epsilon(middle, grid) <= self.epsilon else (middle, high)
+            return high
+
+        units = least(10_000, grid=1e-3)  # quick; mostly within a per mille of the official grid, on either side
+        # Many steps may each cost less than the wide grid can tell; not with little noise, where losses are large.
+        if units > 5000 and epsilon(units, _GRID) < 0.998 * self.epsilon:
+            units = least(units, _GRID)
+        while epsilon(units, _GRID) > self.epsilon:
+            units += 1
+        return plan(units)
 
 
 __all__ = [
     "PrivacyBudget",
     "PrivacyPlan",
+    "SAMPLING",
     "accountant_version",
     "default_delta",
     "epsilon_of",
