@@ -179,7 +179,7 @@ def test_adding_one_example_moves_the_sum_by_at_most_the_clipping_norm(length):
     torch.manual_seed(0)
     model = Poisoned()
     clipper = PerExampleClipper(model, 0.7)
-    for trial in range(300):
+    for trial in range(5000):  # 10,000 random batches with both lengths
         generator = torch.Generator().manual_seed(trial)
         scale = 10.0 ** float(torch.randint(-20, 19, (), generator=generator))
         x = torch.randn(int(torch.randint(1, 9, (), generator=generator)), length, 3, generator=generator) * scale
@@ -319,3 +319,78 @@ def test_other_misuse_is_refused():
         clipper.add(lambda: model.losses(x).mean(), 4)
     with pytest.raises(ValueError, match="layer received shape"):
         clipper.add(lambda: model.layer(x.repeat(2, 1)).view(4, -1).sum(1), 4)
+
+
+def test_an_input_that_one_reader_alone_carries_to_the_loss():
+    """What readers of one input send back is added up; one that the loss never sees changes nothing."""
+    torch.manual_seed(0)
+    below, used, unused = nn.Linear(3, 4), nn.Linear(4, 2), nn.Linear(4, 2)
+    model, x = nn.ModuleList([below, used, unused]), torch.randn(5, 3)
+
+    def losses(rows=slice(None)):
+        hidden = below(x[rows]).tanh()
+        unused(hidden)
+        return used(hidden).square().sum(1)
+
+    parameters = [*below.parameters(), *used.parameters()]
+    expected = torch.zeros_like(below.weight)
+    for row in range(5):
+        grads = torch.autograd.grad(losses(slice(row, row + 1))[0], parameters)
+        expected += grads[0] * min(1.0, 0.2 / float(torch.sqrt(sum(g.square().sum() for g in grads))))
+    clipper = PerExampleClipper(model, 0.2)
+    for _ in range(2):
+        clipper.add(losses, 5)
+        torch.testing.assert_close(clipper.take()["0.weight"], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_batch_normalisation_in_training_is_refused():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    clipper, x = PerExampleClipper(model, 1.0), torch.randn(5, 3)
+    with pytest.raises(ValueError, match="BatchNorm1d in training mode: examples see each other"):
+        clipper.add(lambda: model(x).sum(1), 5)
+
+
+def test_inputs_with_more_dimensions_and_a_container_of_free_parameters():
+    """What other engines get silently wrong: four-dimensional inputs, and parameters that no leaf module owns."""
+
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.positions, self.layer = nn.Parameter(torch.randn(1, 2, 3, 4)), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.layer(x + self.positions)
+
+    torch.manual_seed(0)
+    model, x = Positions(), torch.randn(3, 2, 3, 4)
+    parameters = dict(model.named_parameters())
+    expected = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    for row in x:
+        grads = torch.autograd.grad(model(row[None]).square().sum(), list(parameters.values()))
+        norm = float(torch.sqrt(sum(g.square().sum() for g in grads)))
+        for name, g in zip(parameters, grads, strict=True):
+            expected[name] += g * min(1.0, 0.5 / norm)
+    clipper = PerExampleClipper(model, 0.5)
+    clipper.add(lambda: model(x).square().flatten(1).sum(1), 3)
+    assert relative_error(clipper.take(), expected) < 1e-6
+
+
+def test_dropout_inside_the_fallback_is_refused():
+    model, x = (
+        nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 1, dropout=0.5, batch_first=True)),
+        torch.randn(3, 2, 4),
+    )
+    with pytest.raises(ValueError, match="dropout|examples"):
+        clipper = PerExampleClipper(model[1], 1.0)
+        clipper.add(lambda: model[1](x, x, x)[0].square().flatten(1).sum(1), 3)
+
+
+@pytest.mark.parametrize("length", [63, 64, 256])
+def test_blocks_of_a_symmetric_matrix_give_its_whole_norm(length):
+    torch.manual_seed(0)
+    book, weight = Book(3), nn.Parameter(torch.zeros(2000, 2000))
+    a, g = torch.randn(3, length, 2000), torch.randn(3, length, 2000)
+    assert not book.instantiates(a, g)
+    book.note_affine(weight, a, g)
+    expected = torch.bmm(g.double().transpose(1, 2), a.double()).flatten(1).norm(dim=1)
+    torch.testing.assert_close(book.norms(), expected, rtol=1e-6, atol=0)

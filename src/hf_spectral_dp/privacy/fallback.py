@@ -117,7 +117,7 @@ class _PerExample(torch.autograd.Function):
             of_parameters, of_inputs = vmap(
                 grad(loss, argnums=(0, 1)), in_dims=(None, 0, 0, 0), chunk_size=_CHUNK, randomness="error"
             )(values, [tensors[index] for index in floats], list(tensors), [gradients[index] for index in known])
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             raise ValueError(
                 f"{ctx.name or 'the model'} has no book-keeping rule, and torch.func.vmap cannot run it either"
                 f" ({str(error).splitlines()[0]}); freeze its parameters with requires_grad_(False), or switch its"
