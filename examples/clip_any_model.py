@@ -5,6 +5,8 @@
 The engine gives the clipped sum and adds the noise; drawing Poisson batches and counting steps is then yours to do.
 """
 
+import argparse
+
 import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -14,6 +16,7 @@ from hf_spectral_dp.privacy.clipping import PerExampleClipper
 from hf_spectral_dp.privacy.noise import GaussianNoise
 from hf_spectral_dp.privacy.sampling import PoissonSampler
 
+argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 model = GPT2LMHeadModel(GPT2Config(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))  # 124 million weights, tied
 texts = torch.randint(50257, (64, 33))  # your private token rows
 plan = PrivacyBudget(epsilon=8.0).calibrate(num_examples=len(texts), sampling_rate=0.1, steps=2)
