@@ -1,6 +1,6 @@
 """The sum of clipped per-example gradients, from one forward and one backward pass.
 
-Exact for the layers that `bookkeeping` knows: no approximation of the norm, no bound in its place.
+Exact for the layers that `recording` knows, and for all others by `fallback`: no bound takes the place of a norm.
 """
 
 from collections.abc import Callable
