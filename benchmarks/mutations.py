@@ -413,7 +413,7 @@ MUTANTS = (
     Mutant(
         "the accountant is told of 2 % more noise than there is",
         appended=((BUDGET, _OPTIMISTIC),),
-        killers=("test_budget.py::test_other_accountants_agree_on_random_schedules",),
+        killers=("test_budget.py::test_the_epsilon_of_a_plan_is_that_of_the_noise_it_states",),
     ),
 )
 

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 from dp_accounting import dp_event
+from opacus.accountants import PRVAccountant
 from scipy import stats
 
 from benchmarks.accountants import agreement, within_budget
@@ -42,6 +43,14 @@ def test_other_accountants_agree_on_random_schedules():
     rows = agreement(tried=5, seed=1)
     assert rows[0]["tried"] == 5 and not any(row["failed"] for row in rows), rows
     assert rows[0]["largest_difference"] < 0.01
+
+
+def test_the_epsilon_of_a_plan_is_that_of_the_noise_it_states():
+    """Another accountant, told of the plan's own noise, rate and steps, agrees within one percent."""
+    plan = PrivacyBudget(8.0).calibrate(num_examples=4000, sampling_rate=0.128, steps=300)
+    accountant = PRVAccountant()
+    accountant.history = [(plan.noise_multiplier, plan.sampling_rate, plan.steps)]
+    assert accountant.get_epsilon(plan.delta) == pytest.approx(plan.epsilon(), rel=0.01)
 
 
 def test_no_prefix_of_a_random_plan_is_over_its_budget():
