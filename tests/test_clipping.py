@@ -394,3 +394,14 @@ def test_blocks_of_a_symmetric_matrix_give_its_whole_norm(length):
     book.note_affine(weight, a, g)
     expected = torch.bmm(g.double().transpose(1, 2), a.double()).flatten(1).norm(dim=1)
     torch.testing.assert_close(book.norms(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("lengths", [(4, 300), (300, 4)])
+def test_a_weight_used_at_lengths_that_ask_for_different_forms(lengths):
+    torch.manual_seed(0)
+    book, weight = Book(2, memory_budget=1e9), nn.Parameter(torch.zeros(8, 8))
+    uses = [(torch.randn(2, T, 8), torch.randn(2, T, 8)) for T in lengths]
+    for a, g in uses:
+        book.note_affine(weight, a, g)
+    expected = sum(torch.bmm(g.double().transpose(1, 2), a.double()) for a, g in uses).flatten(1).norm(dim=1)
+    torch.testing.assert_close(book.norms(), expected, rtol=1e-6, atol=0)

@@ -73,7 +73,9 @@ class Book:
         a, g = (x.reshape(self.batch_size, -1, x.shape[-1]) for x in (inputs, gradients))
         if transposed:  # y = a W: the gradient is a^T g, the same sum with the roles exchanged
             a, g = g, a
-        if weight not in self._tied and (weight in self._dense or self.instantiates(a, g)):
+        # All uses of one weight keep one form: between two forms the cross terms of its norm would be missing.
+        pairs = weight in self._tied or weight in self._affine
+        if not pairs and (weight in self._dense or self.instantiates(a, g)):
             self._add_dense(weight, _instantiated(precise(a), precise(g)))
         else:
             # What is noted is alive, so the same place in memory is the same tensor.

@@ -292,9 +292,9 @@ class Recorder:
                     f"{name} is trainable, but no module with a forward of its own holds it, so nothing gives its"
                     " per-example gradients; freeze it with requires_grad_(False)."
                 )
-            if parameter in tables & others:
+            if parameter in (tables | weights) & others:
                 raise ValueError(
-                    f"{name} is an embedding table that a module without a rule shares; freeze it with"
+                    f"{name} is shared between a layer with a rule and a module without one; freeze it with"
                     " requires_grad_(False)."
                 )
             if parameter.dtype not in (torch.float32, torch.float64, torch.bfloat16):
