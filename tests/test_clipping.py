@@ -404,4 +404,5 @@ def test_a_weight_used_at_lengths_that_ask_for_different_forms(lengths):
     for a, g in uses:
         book.note_affine(weight, a, g)
     expected = sum(torch.bmm(g.double().transpose(1, 2), a.double()) for a, g in uses).flatten(1).norm(dim=1)
-    torch.testing.assert_close(book.norms(), expected, rtol=1e-6, atol=0)
+    ratios = book.norms() / expected  # never too small; where 300 random positions cancel, increased within the slack
+    assert 1 - 1e-6 < float(ratios.min()) <= float(ratios.max()) < 1 + 1e-5
