@@ -18,6 +18,8 @@ ORDER = [
     "modeling_spectral",
     "image_processing_spectral",
     "image_sources",
+    "text_encoder",
+    "captions",
     "privacy",
     "checkpoint_files",
     "saving_trainer",
