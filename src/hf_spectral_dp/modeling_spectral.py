@@ -126,7 +126,7 @@ class SpectralTokenizerForCausalLM(PreTrainedModel, GenerationMixin):
         slots, width = self.config.text_slots, self.config.text_width
         if text_states is not None and text_states.shape != (batch, slots, width):
             raise ValueError(
-                f"text_states of shape {tuple(text_states.shape)} but the model takes {(batch, slots, width)}: examples,"
+                f"text_states of shape {tuple(text_states.shape)}, but the model takes {(batch, slots, width)}: rows,"
                 " max_text_tokens, text_width (0 without text); make them by text_encoder.encode_text."
             )
         null = self.text_null(torch.zeros(batch, slots, dtype=torch.long, device=self.device))
@@ -248,7 +248,7 @@ class SpectralTokenizerForCausalLM(PreTrainedModel, GenerationMixin):
         if negative_text is not None and (text is None or negative_text.shape != text.shape or not guided):
             raise ValueError(
                 f"negative_text_states of shape {tuple(negative_text.shape)} with guidance_scale={guidance_scale} and"
-                f" text_states of shape {None if text is None else tuple(text.shape)}: they need text_states of the same"
+                f" text_states of shape {None if text is None else tuple(text.shape)}: they need text_states of their"
                 " shape and guidance, for instance guidance_scale=3."
             )
 
