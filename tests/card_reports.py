@@ -10,7 +10,9 @@ from hf_spectral_dp.privacy.budget import PrivacyPlan, accountant_version, event
 from hf_spectral_dp.privacy.noise import describe_randomness
 
 # Much noise and few steps: the accountant answers at once.
-PLAN = PrivacyPlan(num_examples=5000, sampling_rate=0.05, steps=4, noise_multiplier=5.0, target_epsilon=1.0, delta=2e-5)
+PLAN = PrivacyPlan(
+    num_examples=5000, sampling_rate=0.05, steps=4, noise_multiplier=5.0, target_epsilon=1.0, delta=2e-5
+)
 # Anything may stand in `training`, and any package or source of randomness may be left out; the rest is fixed.
 OPEN = {("training", "lr_scheduler"), ("training", "adapter", "rank"), ("evaluation", 0, "note")}
 TRUNCATED = dataclasses.replace(PLAN, sampling="truncated_poisson", max_batch_size=300)
