@@ -319,10 +319,9 @@ class DPSpectralPipeline(DiffusionPipeline):
                 " class_labels, or use a model that was trained with captions."
             )
         check_text_encoder(self.text_encoder, self.tokenizer, self.model.config)
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        negatives = [negative_prompt or ""] * len(prompts)
-        if negative_prompt is not None and not isinstance(negative_prompt, str):
-            negatives = list(negative_prompt)
+        prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
+        one_for_all = [negative_prompt or ""] * len(prompts)
+        negatives = list(negative_prompt) if isinstance(negative_prompt, list | tuple) else one_for_all
         if not prompts or not all(isinstance(text, str) for text in (*prompts, *negatives)):
             raise ValueError(
                 f"prompt={prompt!r} and negative_prompt={negative_prompt!r} must be text or non-empty lists of text."

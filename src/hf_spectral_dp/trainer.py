@@ -84,14 +84,13 @@ class DPTrainer(QuietTrainer):
     ):
         if not isinstance(args, DPTrainingArguments):
             raise ValueError(f"args is a {type(args).__name__}; DPTrainer needs DPTrainingArguments.")
+        self._text_dropout, self._coins = _text_dropout(model, train_dataset), system_generator()
         self.plan = args.plan(count_units(train_dataset, args))
         self._batches = BatchLoader(
             train_dataset, self.plan, args.process_index, args.world_size, lambda: self._charged
         )
         if not hasattr(model, "per_example_loss"):
             raise ValueError(f"{type(model).__name__} has no per_example_loss(input_ids) -> (B,); give it one.")
-        self._text_dropout = _text_dropout(model, train_dataset)
-        self._coins = system_generator()
         args.max_steps = self.plan.steps
         if args.lora_rank:
             targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
