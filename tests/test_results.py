@@ -11,9 +11,10 @@ def test_results_are_rendered_from_their_sources():
 
 
 def test_a_figure_by_hand(tmp_path, monkeypatch):
+    case = {"d": 256, "T": 16, "tied": False, "adapter": "none"}
     rows = [
-        {"d": 256, "T": 16, "tied": False, "adapter": "none", "method": "ours", "time_ratio": 1.0444, "memory_ratio": 1},
-        {"d": 256, "T": 16, "tied": False, "adapter": "none", "method": "a|b", "cannot_run": "no"},
+        {**case, "method": "ours", "time_ratio": 1.0444, "memory_ratio": 1},
+        {**case, "method": "a|b", "cannot_run": "no"},
     ]
     environment = {"accelerator": None, "processor": "P", "cores": 2, "torch_threads": 1, "packages": {"torch": "2"}}
     report = {"command": "python -m benchmarks.engine", "environment": environment, "rows": rows}
