@@ -223,7 +223,7 @@ def test_bad_input_is_refused_before_anything_is_sampled(monkeypatch, inputs, me
     def draw(*_):
         pytest.fail("a token was drawn")
 
-    monkeypatch.setattr(modeling_spectral, "_draw", draw)
+    monkeypatch.setattr(modeling_spectral, "draw", draw)
     with pytest.raises(ValueError, match=message):
         pipeline()(**{"upscaling": "bicubic", "batch_size": 4, **inputs})
 
