@@ -37,7 +37,9 @@ class StepByStep:
         first, second = sine.chunk(2, -1)
         self.rotations = torch.stack([cosine, torch.cat([-first, second], -1)], 1)
         self.bias = self.keys[0].new_zeros(steps, self.past + steps)
-        self.bias.masked_fill_(torch.arange(self.past + steps, device=self.places.device) > self.places[:, None], -math.inf)
+        self.bias.masked_fill_(
+            torch.arange(self.past + steps, device=self.places.device) > self.places[:, None], -math.inf
+        )
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Hidden states (B, hidden_size) of the next position, out of its embeddings (B, hidden_size)."""

@@ -14,12 +14,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import (
-    DiffusionPipeline,
-    LDMSuperResolutionPipeline,
-    StableDiffusionLatentUpscalePipeline,
-    StableDiffusionUpscalePipeline,
-)
+from diffusers import DiffusionPipeline
 from huggingface_hub.dataclasses import strict
 from PIL import Image
 from torch import Tensor, nn
@@ -256,7 +251,13 @@ def upscale(backend: Any, images: Tensor, scale: int | None = None, **options: A
 
 
 def _diffusers_upscaler(pipeline: DiffusionPipeline, options: dict[str, Any]) -> Upscaler:
-    """One of the three upscaling pipelines of diffusers."""
+    """One of the three upscaling pipelines of diffusers, whose modules take a second to import: only where one is."""
+    from diffusers import (
+        LDMSuperResolutionPipeline,
+        StableDiffusionLatentUpscalePipeline,
+        StableDiffusionUpscalePipeline,
+    )
+
     name = type(pipeline).__name__
     halvings = len(pipeline.unet.config.block_out_channels) - 1 if hasattr(pipeline, "unet") else 0
     if isinstance(pipeline, LDMSuperResolutionPipeline):
@@ -278,7 +279,10 @@ def _diffusers_upscaler(pipeline: DiffusionPipeline, options: dict[str, Any]) ->
     if not isinstance(prompt, str):
         raise ValueError(f"prompt={prompt!r} must be one text, which holds for all images.")
     if not prompt and not options.get("negative_prompt"):
-        options = {"guidance_scale": 1.0, **options}  # guidance between two empty texts is the same image at twice the cost
+        options = {
+            "guidance_scale": 1.0,
+            **options,
+        }  # guidance between two empty texts is the same image at twice the cost
 
     def run_with_text(images: Tensor) -> Tensor:
         texts = {key: [options.get(key) or ""] * len(images) for key in ("prompt", "negative_prompt")}
