@@ -1,4 +1,4 @@
-"""Backends of other libraries behind `upscaler`: the real classes of diffusers and spandrel with small random weights."""
+"""Backends of other libraries behind `upscaler`: real classes of diffusers and spandrel with small random weights."""
 
 import os
 import subprocess
@@ -202,13 +202,13 @@ try:
     import spandrel
 except (ImportError, RuntimeError) as error:  # torchvision of another build raises the latter
     raise SystemExit(f"skip: {error}")
-from spandrel.architectures.Compact import SRVGGNetCompact
+from spandrel.architectures.Compact import Compact
 from spandrel.architectures.SwinIR import SwinIR
 from hf_spectral_dp.super_resolution import upscale, upscaler
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
-small = SRVGGNetCompact(num_feat=8, num_conv=2, upscale=4)
+small = Compact(num_feat=8, num_conv=2, upscale=4)
 model = spandrel.ModelLoader().load_from_state_dict(small.state_dict())
 images = torch.rand(2, 3, 9, 7) * 2 - 1
 found = upscale(model, images)
@@ -218,7 +218,8 @@ torch.testing.assert_close(found, direct)
 grey = upscale(model, images[:, :1])
 torch.testing.assert_close(grey, upscale(model, images[:, :1].expand(-1, 3, -1, -1)).mean(1, keepdim=True))
 torch.testing.assert_close(upscaler(model)(images, tile_size=4, tile_overlap=4), found, atol=1e-5, rtol=0)
-windows = SwinIR(img_size=8, embed_dim=12, depths=[2], num_heads=[2], window_size=8, upscale=2, upsampler="pixelshuffle")
+sizes = {"img_size": 64, "embed_dim": 12, "depths": [2], "num_heads": [2], "window_size": 8, "upscale": 2}
+windows = SwinIR(**sizes, upsampler="pixelshuffle")
 model = spandrel.ModelLoader().load_from_state_dict(windows.state_dict())
 assert upscale(model, images).shape == (2, 3, 18, 14)
 """

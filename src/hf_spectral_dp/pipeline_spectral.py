@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 from .configuration_spectral import SpectralConfig
 from .image_processing_spectral import SpectralImageProcessor
 from .modeling_spectral import SpectralTokenizerForCausalLM
-from .publication import check_own_folder, publish
 from .super_resolution import RESAMPLING_MODES, SpectralSuperResolution, Upscaler, upscaler
 
 Upscaling = Literal["model", "none", "nearest", "bicubic", "lanczos"]
@@ -130,6 +129,8 @@ class DPSpectralPipeline(DiffusionPipeline):
         Raises:
             ValueError: other files lie in the folder; nothing was saved.
         """
+        from .publication import check_own_folder  # not above: the card brings the accountants along, which take time
+
         check_own_folder(save_directory)
         names = ("repo_id", "commit_message", "private", "token", "create_pr")
         upload = {name: kwargs.pop(name) for name in names if name in kwargs} if push_to_hub else {}
@@ -152,6 +153,8 @@ class DPSpectralPipeline(DiffusionPipeline):
             FileNotFoundError: there is no such folder, or no card in it.
             ValueError: the card does not speak of these weights, or is contradicted.
         """
+        from .publication import publish
+
         folder = Path(self.config.get("_name_or_path") or "")
         if not (folder / "model_index.json").is_file():
             raise FileNotFoundError(
