@@ -15,6 +15,7 @@ ORDER = [
     "layout",
     "configuration_spectral",
     "codec",
+    "sampling",
     "modeling_spectral",
     "image_processing_spectral",
     "image_sources",
