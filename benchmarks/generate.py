@@ -171,7 +171,7 @@ def overhead_rows(device: str, rounds: int) -> list[dict]:
         shares, whole = [], []
         for index in range(rounds + 1):
             inside = 0.0
-            taken = seconds(lambda number=number: pipe(range(8), number // 8), device)
+            taken = seconds(lambda number=number: pipe(class_labels=range(8), num_images=number // 8), device)
             if index:
                 shares.append(1 - inside / taken)
                 whole.append(taken)

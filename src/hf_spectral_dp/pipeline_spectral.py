@@ -88,6 +88,7 @@ class DPSpectralPipeline(DiffusionPipeline):
             super_resolution.eval()
         if text_encoder is not None or tokenizer is not None:
             check_text_encoder(text_encoder, tokenizer, model.config)
+            assert text_encoder is not None  # checked
             text_encoder.eval()
         self.register_modules(
             model=model,
