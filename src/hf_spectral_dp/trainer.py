@@ -7,6 +7,7 @@ does not cover).
 """
 
 import logging
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from importlib import metadata
@@ -86,6 +87,12 @@ class DPTrainer(QuietTrainer):
         if not isinstance(args, DPTrainingArguments):
             raise ValueError(f"args is a {type(args).__name__}; DPTrainer needs DPTrainingArguments.")
         self._text_dropout, self._coins = _text_dropout(model, train_dataset), system_generator()
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if started != args.world_size:
+            raise ValueError(
+                f"{started} processes were started, but this one sees {args.world_size}: each would train alone. On a"
+                " machine without GPUs, set use_cpu=True."
+            )
         self.plan = args.plan(count_units(train_dataset, args))
         self._batches = BatchLoader(
             train_dataset, self.plan, args.process_index, args.world_size, lambda: self._charged
