@@ -98,7 +98,7 @@ def test_the_generator_decides_the_images_and_the_prompt_changes_them(model, enc
     ],
 )
 def test_bad_input_is_refused_before_anything_is_sampled(model, encoder, monkeypatch, inputs, message):
-    monkeypatch.setattr(modeling_spectral, "_draw", lambda *_: pytest.fail("a token was drawn"))
+    monkeypatch.setattr(modeling_spectral, "draw", lambda *_: pytest.fail("a token was drawn"))
     with pytest.raises(ValueError, match=message):
         pipeline(model, encoder)(**inputs)
 

@@ -64,7 +64,8 @@ class CaptionWriter:
 
     def numbers(self, rows: Sequence[Sequence[str]]) -> list[list[int]]:
         """The numbers of the captions of each row."""
-        found, new = [], []
+        found: list[list[int]] = []
+        new: list[str] = []
         for captions in rows:
             found.append([])
             for caption in captions:

@@ -7,6 +7,7 @@ classifier-free guidance.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaModel
 
 from .codec import SpectralCodec
 from .configuration_spectral import SpectralConfig
+from .sampling import StepByStep, draw, step
 
 
 class SpectralTokenizerForCausalLM(PreTrainedModel, GenerationMixin):
@@ -59,6 +61,7 @@ class SpectralTokenizerForCausalLM(PreTrainedModel, GenerationMixin):
         for position, index in enumerate([*layout.scale_of_position, len(layout.scales) - 1]):
             scale = layout.scales[index]
             allowed[position, scale.first_id : scale.first_id + scale.codes] = True
+        self._compiled_step: Callable[..., Tensor] | None = None
         self.register_buffer("allowed", allowed, persistent=True)
         self.post_init()
         if self.can_generate() and self.generation_config is not None:
@@ -177,6 +180,7 @@ class SpectralTokenizerForCausalLM(PreTrainedModel, GenerationMixin):
         num_tokens: int | None = None,
         text_states: Tensor | None = None,
         negative_text_states: Tensor | None = None,
+        on_scale_end: Callable[[Tensor], object] | None = None,
     ) -> Tensor:
         """Samples token sequences, coarse to fine.
 
@@ -189,6 +193,7 @@ class SpectralTokenizerForCausalLM(PreTrainedModel, GenerationMixin):
             num_tokens: stop early, for a coarser image; default the whole `layout.length`.
             text_states: (B, K, text_width) of the prompts, as `text_encoder.encode_text` makes them.
             negative_text_states: as `text_states`, in the place of the null condition: what to steer away from.
+            on_scale_end: called after each scale with all tokens so far, LongTensor (B, t).
 
         Returns:
             LongTensor (B, num_tokens), for `decode`.
@@ -214,18 +219,25 @@ class SpectralTokenizerForCausalLM(PreTrainedModel, GenerationMixin):
                 text_states = torch.cat([text_states, null])
         cache, tokens = DynamicCache(config=self.config), []
         for position in range(length):
-            logits = self(
-                input_ids=current[:, None], past_key_values=cache, use_cache=True, text_states=text_states
-            ).logits[:, -1].float()  # fmt: skip
+            scale = self.config.layout.scales[self.config.layout.scale_of_position[position]]
+            codes = slice(scale.first_id, scale.first_id + scale.codes)  # the only ones that may follow here
+            if position == 0:  # by `forward`, whose hooks bring an offloaded model to its device
+                start = {"input_ids": current[:, None], "text_states": text_states}
+                logits = self(**start, past_key_values=cache, use_cache=True).logits[:, -1, codes]
+                places = self.position_embedding(torch.arange(length, device=logits.device))
+                following = StepByStep(self.model, cache, length - 1, self._compiled_step)
+            else:
+                logits = self._head(following(self.model.embed_tokens(current) + places[position]), codes)
+            logits = logits.float()
             if guided:
                 conditional, null = logits.chunk(2)
                 logits = null + guidance_scale * (conditional - null)
-            # A heat that evens out even the lowest finite value must not let foreign codes in.
             logits = (logits - logits.amax(-1, keepdim=True)) / temperature
-            logits = logits.masked_fill(~self.allowed[position], float("-inf"))
-            chosen = _draw(logits, top_k, top_p, generator)
+            chosen = draw(logits, top_k, top_p, generator) + scale.first_id
             tokens.append(chosen)
             current = chosen.repeat(2) if guided else chosen
+            if on_scale_end is not None and position + 1 == scale.first_position + scale.tokens:
+                on_scale_end(torch.stack(tokens, 1))
         return torch.stack(tokens, 1) if tokens else current.new_zeros(batch, 0)
 
     def _check_condition(
@@ -251,22 +263,23 @@ class SpectralTokenizerForCausalLM(PreTrainedModel, GenerationMixin):
                 f" text_states of shape {None if text is None else tuple(text.shape)}: they need text_states of their"
                 " shape and guidance, for instance guidance_scale=3."
             )
+    def _head(self, hidden: Tensor, codes: slice) -> Tensor:
+        """Logits (B, codes) of some codes only, of hidden states (B, hidden_size)."""
+        if type(self.lm_head) is nn.Linear:
+            return F.linear(hidden, self.lm_head.weight[codes])
+        return self.lm_head(hidden)[:, codes]  # an adapter, or quantised weights
+
+    def compile_sampling(self, **options) -> None:
+        """Compiles the step that `sample` repeats; the first images after that take up to minutes.
+
+        Args:
+            options: of `torch.compile`, such as `mode="reduce-overhead"` on a GPU.
+        """
+        self._compiled_step = torch.compile(step, **options)
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Coarse images (B, C, coarse_size, coarse_size) in [-1, 1] of tokens (B, t); see `SpectralCodec.decode`."""
         return self.codec.decode(tokens)
-
-
-def _draw(logits: Tensor, top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:
-    """One draw per row of logits (B, V), restricted to the top k codes and to the nucleus of mass top_p."""
-    if 0 < top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
-    probabilities = logits.softmax(-1)
-    if top_p < 1:
-        ordered, order = probabilities.sort(-1, descending=True)
-        ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
-        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
 
 __all__ = ["SpectralTokenizerForCausalLM"]

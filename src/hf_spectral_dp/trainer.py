@@ -7,6 +7,7 @@ does not cover).
 """
 
 import logging
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from importlib import metadata
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -85,6 +87,12 @@ class DPTrainer(QuietTrainer):
         if not isinstance(args, DPTrainingArguments):
             raise ValueError(f"args is a {type(args).__name__}; DPTrainer needs DPTrainingArguments.")
         self._text_dropout, self._coins = _text_dropout(model, train_dataset), system_generator()
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if started != args.world_size:
+            raise ValueError(
+                f"{started} processes were started, but this one sees {args.world_size}: each would train alone. On a"
+                " machine without GPUs, set use_cpu=True."
+            )
         self.plan = args.plan(count_units(train_dataset, args))
         self._batches = BatchLoader(
             train_dataset, self.plan, args.process_index, args.world_size, lambda: self._charged
@@ -99,6 +107,9 @@ class DPTrainer(QuietTrainer):
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, callbacks=callbacks, optimizers=optimizers
         )
+        if args.world_size > 1:  # adapters begin at random: all processes begin with those of the first
+            for parameter in self._clipper.parameters.values():
+                dist.broadcast(parameter.detach(), 0)
         self._public = {name: parameter.detach().clone() for name, parameter in self._clipper.parameters.items()}
         self._average = {name: value.float().clone() for name, value in self._public.items()} if args.ema_decay else {}
         self._mechanism = NoisyClippedMean(
