@@ -247,7 +247,7 @@ def main() -> None:
     arguments = parser.parse_args()
     draws, strengths, count = arguments.draws, 4, arguments.count
     if arguments.quick:
-        draws, strengths, count = 1, 2, 2_000
+        draws, strengths, count = 1, 2, 1_000
     shipped = PublicFeatures(arguments.weights) if arguments.weights else PublicFeatures()
     extractors: dict[str, tuple[Extract, int]] = {"public-features": (shipped, draws)}
     extractors["untrained"] = (untrained(), 1)
