@@ -22,7 +22,7 @@ from .configuration_spectral import SpectralConfig
 from .image_processing_spectral import SpectralImageProcessor
 from .modeling_spectral import SpectralTokenizerForCausalLM
 from .released_files import check_own_folder
-from .safe_loading import check_shards
+from .safe_loading import check_index, check_shards
 from .super_resolution import RESAMPLING_MODES, SpectralSuperResolution, upscale
 
 Upscaling = Literal["model", "none", "nearest", "bicubic", "lanczos"]
@@ -107,12 +107,7 @@ class DPSpectralPipeline(DiffusionPipeline):
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
             folder = Path(cls.download(str(pretrained_model_name_or_path), **kwargs))
-        index = folder / "model_index.json"
-        if not index.is_file():
-            raise FileNotFoundError(
-                f"{index} does not exist, so this is no pipeline; name a folder or Hub id that save_pretrained or"
-                " push_to_hub wrote, or load a model alone by AutoModelForCausalLM.from_pretrained."
-            )
+        check_index(folder / "model_index.json", cls.__name__)
         check_shards(folder)
         try:
             return super().from_pretrained(folder, use_safetensors=True, **kwargs)

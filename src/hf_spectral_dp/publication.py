@@ -10,7 +10,7 @@ from .released_files import README_NAME, REPORT_NAME, SAMPLES_NAME, is_public, p
 # What may be fetched: data that the installed classes read. No code, and no pickle, which could carry some; no name that
 # leads out of the folder. `*` also matches slashes.
 _WANTED = ["*.json", "*.safetensors", README_NAME, SAMPLES_NAME, "LICENSE*", "*/vocab.txt", "*/merges.txt", "*.model"]
-_UNWANTED = ["*..*", "/*", ".*", "*/.*", "*\\*", "*:*"]
+_UNWANTED = ["*..*", "/*", ".*", "*/.*", "*:*"]
 
 
 def publish(

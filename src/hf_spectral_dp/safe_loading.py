@@ -23,6 +23,30 @@ class SafetensorsOnly:
         return super().from_pretrained(*args, use_safetensors=True, **kwargs)  # type: ignore[misc]
 
 
+def check_index(path: str | Path, class_name: str) -> None:
+    """Raises unless a file is the `model_index.json` of a pipeline class.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged, or names another class, such as one in a source file beside it.
+    """
+    try:
+        fields = json.loads(Path(path).read_bytes())
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{path} does not exist, so this is no pipeline; name a folder or Hub id that save_pretrained or push_to_hub"
+            " wrote, or load a model alone by AutoModelForCausalLM.from_pretrained."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no readable JSON ({error}); save or download the pipeline again.") from error
+    found = fields.get("_class_name") if isinstance(fields, dict) else fields
+    if found != class_name:
+        raise ValueError(
+            f"{path} names the class {str(found)[:100]!r}, not {class_name}; load it with the class that saved it. Code"
+            " beside a model is never run."
+        )
+
+
 def check_shards(folder: str | Path) -> None:
     """Raises ValueError if the index of a sharded checkpoint below a folder is unreadable or names a file elsewhere."""
     for index in sorted(Path(folder).rglob("*.safetensors.index.json")):
@@ -31,10 +55,10 @@ def check_shards(folder: str | Path) -> None:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{index} is no index of weights ({error}); download or save them again.") from error
         for name in names:
-            if not isinstance(name, str) or Path(name).name != name or "\\" in name:
+            if not isinstance(name, str) or not name or Path(name).name != name or "\\" in name:
                 raise ValueError(
                     f"{index} names the file {name!r}, which may lie outside of its folder; do not load this checkpoint."
                 )
 
 
-__all__ = ["SafetensorsOnly", "check_shards"]
+__all__ = ["SafetensorsOnly", "check_index", "check_shards"]
