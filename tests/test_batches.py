@@ -17,6 +17,7 @@ from hf_spectral_dp.privacy.sampling import PoissonSampler, SinglePass, Truncate
 from hf_spectral_dp.privacy.units import OneRowPerUnit
 from hf_spectral_dp.trainer import LEDGER
 
+
 class Stream(IterableDataset):
     """Rows of `Rows` in order, without a length or an index; counts how often each was given."""
 

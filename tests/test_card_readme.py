@@ -6,7 +6,19 @@ from pathlib import Path
 
 import jinja2
 import pytest
-from card_reports import PLAN, PLANS, PUBLISHED, SINGLE_PASS, TRUNCATED, body, changed, fields_of, report, save_pipeline, value_at
+from card_reports import (
+    PLAN,
+    PLANS,
+    PUBLISHED,
+    SINGLE_PASS,
+    TRUNCATED,
+    body,
+    changed,
+    fields_of,
+    report,
+    save_pipeline,
+    value_at,
+)
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
@@ -73,7 +85,8 @@ def test_what_prompts_do_not_protect_is_said_of_a_model_that_takes_them():
     )  # fmt: skip
     text = PrivacyCard({**run, **PUBLISHED}).render()
     assert ModelCard(text).data.pipeline_tag == "text-to-image" and "pipeline(prompt=" in text
-    assert "- Not covered: prompts that users type" in text and "- Not covered: a private caption used as a prompt" in text
+    assert "- Not covered: prompts that users type" in text
+    assert "- Not covered: a private caption used as a prompt" in text
     assert "prompt" not in PrivacyCard(report()).render()
 
 

@@ -76,7 +76,9 @@ def test_one_commit_of_exactly_the_released_files(hub, saved, pushed):
     assert [line for line in hub.requests if "/commit/" in line] == ["POST /api/models/me/digits/commit/main"]
 
 
-PULL = IMAGES + """
+PULL = (
+    IMAGES
+    + """
 import json, torch
 from hf_spectral_dp import DPSpectralPipeline
 first = DPSpectralPipeline.from_pretrained("me/digits", cache_dir="cache")
@@ -92,6 +94,7 @@ for options in ({{"revision": "{initial}"}}, {{"revision": "no-such-branch"}}, {
         errors.append(f"{{type(error).__name__}}: {{error}}")
 print(json.dumps([[images_of(pipeline) for pipeline in (first, again, named)], errors]))
 """
+)
 
 
 def test_a_fresh_process_draws_the_same_images_from_the_hub(hub, saved, pushed, tmp_path):
@@ -106,11 +109,14 @@ def test_a_fresh_process_draws_the_same_images_from_the_hub(hub, saved, pushed, 
     assert "use_safetensors=False would read a pickle" in pickles
     assert "Error" in missing
     # Another process, no network at all, the cache of the first.
-    code = IMAGES + """
+    code = (
+        IMAGES
+        + """
 import json, torch
 from hf_spectral_dp import DPSpectralPipeline
 print(json.dumps(images_of(DPSpectralPipeline.from_pretrained("me/digits", cache_dir="cache"))))
 """
+    )
     asked = len(hub.requests)
     assert fresh(hub, tmp_path, code, token=None, HF_HUB_OFFLINE="1") == images[0] and len(hub.requests) == asked
 
@@ -173,7 +179,8 @@ exact = hf_spectral_dp.SpectralTokenizerForCausalLM.from_pretrained("me/prior", 
 torch.manual_seed(0)
 tokens = model.sample(torch.tensor([3]))
 kinds = [f"{type(x).__module__}.{type(x).__name__}" for x in (model, processor, network, exact)]
-print(json.dumps([unknown, kinds, tokens.tolist(), model.generation_config.max_length, AutoConfig.from_pretrained("me/prior").image_size]))
+side = AutoConfig.from_pretrained("me/prior").image_size
+print(json.dumps([unknown, kinds, tokens.tolist(), model.generation_config.max_length, side]))
 """
 PUSH_ALONE = """
 import json

@@ -83,7 +83,8 @@ class PrivacyCard:
         except ValueError as error:
             raise ValueError(f"{path} is no readable JSON ({error}); restore it, or save the card again.") from error
         if not isinstance(report, dict):
-            raise ValueError(f"{path} holds a {type(report).__name__}, not a report; restore it, or save the card again.")
+            kind = type(report).__name__
+            raise ValueError(f"{path} holds a {kind}, not a report; restore it, or save the card again.")
         card = cls(report)
         if "released" not in report:
             raise ValueError(f"released is missing in {path}: {rule(('released',))}.")

@@ -264,6 +264,7 @@ class SpectralTokenizerForCausalLM(SafetensorsOnly, PreTrainedModel, GenerationM
                 f" text_states of shape {None if text is None else tuple(text.shape)}: they need text_states of their"
                 " shape and guidance, for instance guidance_scale=3."
             )
+
     def _head(self, hidden: Tensor, codes: slice) -> Tensor:
         """Logits (B, codes) of some codes only, of hidden states (B, hidden_size)."""
         if type(self.lm_head) is nn.Linear:

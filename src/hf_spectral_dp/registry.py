@@ -95,7 +95,7 @@ def registry_record(
                     + [actor["name"] for actor in report["trust"]["actors"]]
                 ),
                 "release_type": "One release",
-                "release_type_details": "One model. Any number of images may be drawn from it; that is post-processing.",
+                "release_type_details": "One model. Any number of images may be drawn from it: post-processing.",
                 "data_source_type": "Static",
                 "access_type": "Non-interactive",
                 "access_type_details": "The weights are released; nobody queries the data.",
@@ -120,7 +120,7 @@ def registry_record(
             },
             "administrative": {
                 "registry_authors": list(authors),
-                "notes": f"Made from privacy.json of the model, SHA-256 {card.sha256}. Check: {report['reproduce']['verify']}.",
+                "notes": f"Made from privacy.json, SHA-256 {card.sha256}; check: {report['reproduce']['verify']}.",
                 **({"sources": sources} if sources else {}),
             },
         },

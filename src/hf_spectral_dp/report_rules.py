@@ -181,8 +181,8 @@ def _against_each_other(report: dict[str, Any]) -> list[str]:
     logged = report["training"]["private_loss_logged"]
     if logged and all(access["accounted"] for access in report["data_accesses"]):
         problems.append(
-            "training.private_loss_logged=True, but data_accesses lists no look that the claim does not cover; take both"
-            " from DPTrainer.privacy_report()"
+            "training.private_loss_logged=True, but data_accesses lists no look that the claim does not cover; take"
+            " both from DPTrainer.privacy_report()"
         )
     if report["trust"]["adversary"]["sees_logs"] == logged:
         problems.append(

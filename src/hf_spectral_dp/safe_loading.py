@@ -34,8 +34,8 @@ def check_index(path: str | Path, class_name: str) -> None:
         fields = json.loads(Path(path).read_bytes())
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{path} does not exist, so this is no pipeline; name a folder or Hub id that save_pretrained or push_to_hub"
-            " wrote, or load a model alone by AutoModelForCausalLM.from_pretrained."
+            f"{path} does not exist, so this is no pipeline; name a folder or Hub id that save_pretrained or"
+            " push_to_hub wrote, or load a model alone by AutoModelForCausalLM.from_pretrained."
         ) from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no readable JSON ({error}); save or download the pipeline again.") from error
@@ -57,7 +57,7 @@ def check_shards(folder: str | Path) -> None:
         for name in names:
             if not isinstance(name, str) or not name or Path(name).name != name or "\\" in name:
                 raise ValueError(
-                    f"{index} names the file {name!r}, which may lie outside of its folder; do not load this checkpoint."
+                    f"{index} names the file {name!r}, which may lie outside of its folder; do not load this."
                 )
 
 
