@@ -12,7 +12,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-REPORT_NAME = "privacy.json"
+from .safe_loading import REPORT_NAME
+
 README_NAME = "README.md"
 SAMPLES_NAME = "samples.png"
 

@@ -4,13 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+REPORT_NAME = "privacy.json"
 
-class SafetensorsOnly:
-    """For models: `from_pretrained` reads .safetensors and never falls back to a pickle."""
+
+class HubModel:
+    """For models: how they come from the Hub and go there. To be named before the class of transformers."""
 
     @classmethod
     def from_pretrained(cls, *args: Any, use_safetensors: bool | None = True, **kwargs: Any) -> Any:
-        """As in transformers.
+        """As in transformers, but weights are read from .safetensors only: there is no way back to a pickle.
 
         Raises:
             ValueError: `use_safetensors=False`.
@@ -21,6 +23,21 @@ class SafetensorsOnly:
                 "use_safetensors=False would read a pickle, which can run code; convert the weights to safetensors."
             )
         return super().from_pretrained(*args, use_safetensors=True, **kwargs)  # type: ignore[misc]
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, for models that saw no private data: the README is a stock one, and there is no card.
+
+        Raises:
+            ValueError: the model was loaded from a folder with a privacy card, which would stay behind.
+        """
+        folder = Path(self.name_or_path)  # type: ignore[attr-defined]
+        for place in (folder, folder.parent):
+            if folder.is_dir() and (place / REPORT_NAME).is_file():
+                raise ValueError(
+                    f"{str(place)!r} holds a privacy card, which would stay behind; upload both by"
+                    " publication.publish(folder, repo_id), or by push_to_hub of the pipeline."
+                )
+        return super().push_to_hub(*args, **kwargs)  # type: ignore[misc]
 
 
 def check_index(path: str | Path, class_name: str) -> None:
@@ -61,4 +78,4 @@ def check_shards(folder: str | Path) -> None:
                 )
 
 
-__all__ = ["SafetensorsOnly", "check_index", "check_shards"]
+__all__ = ["HubModel", "check_index", "check_shards"]
