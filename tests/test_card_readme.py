@@ -39,6 +39,9 @@ def test_the_readme_has_front_matter_for_the_hub(folder):
     assert data.library_name == "diffusers"
     assert data.pipeline_tag == "unconditional-image-generation"
     assert data.tags == ["differential-privacy", "dp-sgd", "wavelet", "hf_spectral_dp"]
+    (result,) = data.eval_results
+    assert (result.dataset_name, result.dataset_type, result.metric_type) == ("digits, test", "digits-test", "accuracy")
+    assert result.metric_value == 0.83 and "!!python" not in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize("readme", ["---\nlicense: [\n---\n", "---\n- 1\n---\n", "no front matter", b"\xff"])

@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
@@ -125,10 +125,13 @@ class PrivacyCard:
         names = [entry["path"] for entry in report.get("released", [])]
         prompted = report["training"]["conditioning"] == "text"
         whole = not names or "model_index.json" in names
+        task = "text-to-image" if prompted else "unconditional-image-generation"
         data = ModelCardData(
             license=report["license"],
             library_name="diffusers" if whole else "transformers",
-            pipeline_tag="text-to-image" if prompted else "unconditional-image-generation",
+            pipeline_tag=task,
+            model_name=report["data"]["name"],
+            eval_results=[_eval_result(task, row) for row in report["utility"]] or None,
             tags=["differential-privacy", "dp-sgd", "wavelet", "hf_spectral_dp"],
         )
         body = _template().render(
@@ -211,6 +214,22 @@ def _template() -> Template:
 _HARMLESS = str.maketrans(
     {"&": "&amp;", "<": "&lt;", ">": "&gt;", "$": "&#36;", "\\": "&#92;", **{mark: "\\" + mark for mark in "`*_[]|~#"}}
 )
+
+
+def _eval_result(task: str, row: Mapping[str, Any]) -> EvalResult:
+    """A figure as the Hub shows it beside a model."""
+    return EvalResult(
+        task_type=task,
+        dataset_type=_slug(row["dataset"]),
+        dataset_name=row["dataset"],
+        metric_type=_slug(row["metric"]),
+        metric_name=row["metric"],
+        metric_value=row["value"],
+    )
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "unnamed"
 
 
 def _certainty(epsilon: float) -> str:
