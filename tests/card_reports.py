@@ -126,4 +126,4 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def body(readme: str) -> str:
     """The Markdown after the front matter."""
-    return readme.split("---\n", 2)[2]
+    return readme.split("\n---\n", 1)[1]

@@ -130,7 +130,7 @@ class PrivacyCard:
             license=report["license"],
             library_name="diffusers" if whole else "transformers",
             pipeline_tag=task,
-            model_name=report["data"]["name"],
+            model_name=_one_line(report["data"]["name"]) or "unnamed",
             eval_results=[_eval_result(task, row) for row in report["utility"]] or None,
             tags=["differential-privacy", "dp-sgd", "wavelet", "hf_spectral_dp"],
         )
@@ -221,9 +221,9 @@ def _eval_result(task: str, row: Mapping[str, Any]) -> EvalResult:
     return EvalResult(
         task_type=task,
         dataset_type=_slug(row["dataset"]),
-        dataset_name=row["dataset"],
+        dataset_name=_one_line(row["dataset"]),
         metric_type=_slug(row["metric"]),
-        metric_name=row["metric"],
+        metric_name=_one_line(row["metric"]),
         metric_value=row["value"],
     )
 
@@ -244,8 +244,12 @@ def _percent(share: float) -> str:
 
 def _as_code(text: str) -> Markup:
     """Text inside a fenced block: one line, in which nothing ends the block."""
-    line = " ".join("".join(character if character.isprintable() else " " for character in text).split())
-    return Markup(line.replace("`", "'").replace("~~~", "~"))
+    return Markup(_one_line(text).replace("`", "'").replace("~~~", "~"))
+
+
+def _one_line(text: str) -> str:
+    """Text without line breaks, which would start a new block, and control characters, which could turn it around."""
+    return " ".join("".join(character if character.isprintable() else " " for character in text).split())
 
 
 def _as_text(value: Any) -> str:
@@ -255,9 +259,7 @@ def _as_text(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "none", True: "yes", False: "no"}[value]
     text = json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else str(value)
-    # Line breaks would start a new block; control characters could reverse the reading direction.
-    text = " ".join("".join(character if character.isprintable() else " " for character in text).split())
-    text = text.translate(_HARMLESS)
+    text = _one_line(text).translate(_HARMLESS)
     return re.sub(r"^(\d*)([-+=.)])(?=[\s=-]|$)", r"\1\\\2", text)  # would begin a list, a rule or a heading
 
 
