@@ -246,8 +246,7 @@ def measure(edits: int, base: Path, seed: int = 0) -> list[dict[str, Any]]:
     train(original)
     train(other)
     shutil.copyfile(other / "ledger.jsonl", original / "other.jsonl")
-    for name in ("training",):
-        shutil.rmtree(original / name)
+    shutil.rmtree(original / "training")
     rows = [{"check": "the untouched folder is accepted", "tried": 1, "failed": int(rejected(original))}]
     generator = random.Random(seed)
     for check, (edit, share) in EDITS.items():

@@ -130,6 +130,12 @@ def test_a_path_out_of_the_folder_is_refused(name):
         PrivacyCard({**report(), "released": [entry]})
 
 
+def test_a_file_has_one_hash():
+    entries = [{"path": "model/config.json", "sha256": digest * 32, "bytes": 1} for digest in ("ab", "cd")]
+    with pytest.raises(ValueError, match="released lists model/config.json more than once"):
+        PrivacyCard({**report(), "released": entries})
+
+
 def test_all_that_is_wrong_is_said_at_once():
     wrong = changed(changed(report(), ("claim", "epsilon"), -1), ("data",))
     with pytest.raises(ValueError, match=r"- claim.epsilon=-1(.|\n)*- data is missing"):

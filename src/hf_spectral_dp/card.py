@@ -139,7 +139,6 @@ class PrivacyCard:
             certainty=_certainty(report["claim"]["epsilon"]),
             samples=SAMPLES_NAME in names,
             pipeline=whole,
-            names=names,
             sha256=self.sha256,
         )
         return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")).rstrip() + "\n"
