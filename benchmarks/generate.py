@@ -1,11 +1,11 @@
 """How fast images are drawn: `sample`, plain and compiled, against the bare `generate` of transformers, static cache.
 
 All draw from the same model the same number of tokens, in float32, from the whole distribution. `ratio` is to
-"generate, static cache" of the same model, batch and guidance. `generate` guides by a second pass of its own; ours by one
-doubled batch. Timings are medians of interleaved rounds. `floor_share` is what the hardware would need at least, over
-what it needed: the larger of the arithmetic at the speed of a large matrix product and the reading of the weights at the
-speed of a large copy, both measured here. "digits" is the model in the package; "wide" has ten times as many weights,
-random ones. The last rows give the share of a pipeline's time that passes outside of its models.
+"generate, static cache" of the same model, batch and guidance. `generate` guides by a second pass of its own; ours by
+one doubled batch. Timings are medians of interleaved rounds. `floor_share` is what the hardware would need at least,
+over what it needed: the larger of the arithmetic at the speed of a large matrix product and the reading of the
+weights at the speed of a large copy, both measured here. "digits" is the model in the package; "wide" has ten times
+as many weights, random ones. The last rows give the share of a pipeline's time that passes outside of its models.
 """
 
 import argparse

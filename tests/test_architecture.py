@@ -33,6 +33,7 @@ ORDER = [
     "card",
     "publication",
     "pipeline_spectral",
+    "dataset_export",
     "cli",
     "",  # hf_spectral_dp/__init__.py
 ]
