@@ -124,8 +124,9 @@ def draw_shard(pipeline: DPSpectralPipeline, settings: dict[str, Any], index: in
         generator=generator,
         batch_size=settings["batch_size"],
         upscaling=settings["upscaling"],
+        return_dict=False,
         **settings["sampling"],
-    ).images
+    )[0]
     columns: dict[str, list] = {"image": [{"bytes": _png(image), "path": None} for image in images]}
     features = {"image": Image()}
     if chosen is not None:
