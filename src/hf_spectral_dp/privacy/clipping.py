@@ -4,9 +4,11 @@ Exact for the layers that `recording` knows, and for all others by `fallback`: n
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial
 
 from .book import SLACK, Book, precise
 from .recording import Recorder
@@ -16,9 +18,11 @@ class PerExampleClipper:
     """Adds up clipped per-example gradients of a model over micro-batches.
 
     Args:
-        model: any module whose trainable parameters belong to Linear, Conv1D, Embedding, LayerNorm or RMSNorm layers,
-            including LoRA adapters and tied embeddings. Its examples must not see each other (no batch statistics).
+        model: any module whose examples do not see each other (no batch statistics). Linear, Conv1D, Conv2d, Embedding,
+            LayerNorm, GroupNorm and RMSNorm layers, LoRA adapters and tied embeddings go by book-keeping; the
+            parameters of all other modules by `torch.func.vmap`, slower and as exact, after one warning.
         clipping_norm: C, the largest Euclidean norm, over all trainable parameters together, of one example's share.
+        memory_budget: bytes that per-example gradients of one micro-batch may take beyond what ghost norms would.
 
     Formal guarantee: `take()` returns a sum over examples of vectors of norm at most C (1 + 1e-5) each, one vector per
     example, which depends on that example and the parameters alone. Adding or removing one example therefore moves
@@ -36,7 +40,7 @@ class PerExampleClipper:
         [0.9, 1.2]
 
     Raises:
-        ValueError: clipping_norm not positive, no trainable parameter, or one that no rule covers (named).
+        ValueError: clipping_norm not positive, no trainable parameter, or one that no module's forward uses (named).
     """
 
     def __init__(self, model: nn.Module, clipping_norm: float, memory_budget: int = 64 << 20):
@@ -58,13 +62,21 @@ class PerExampleClipper:
         """The trainable parameters by name; tied ones once."""
         return self._recorder.parameters
 
-    def add(self, losses: Callable[[], Tensor], batch_size: int) -> None:
+    @property
+    def sharded(self) -> bool:
+        """Whether `torch.distributed.fsdp.fully_shard` (FSDP2) split the parameters: then so are the sums of `take`."""
+        return self._recorder.sharded
+
+    def add(self, losses: Callable[[], Tensor], batch_size: int, padding: int = 0) -> None:
         """Adds the clipped gradients of `batch_size` examples.
+
+        With a sharded model every process gives its own examples, and all of them must call this equally often.
 
         Args:
             losses: runs the model and returns one loss per example, (batch_size,). The loss of one example must not
                 depend on another: no mean over the batch, no divisor that counts tokens of the batch.
             batch_size: number of examples; with 0 nothing is run.
+            padding: how many of them, the last ones, stand for nobody and count exactly zero.
 
         Raises:
             ValueError: losses of another shape, or a parameter used outside its module (its gradient would escape
@@ -73,18 +85,33 @@ class PerExampleClipper:
         if not batch_size:
             return
         book = self._record(losses, batch_size)
-        with torch.no_grad():
+        with torch.no_grad(), self._full_precision():
             norms = book.norms()
             coefficients = self.clipping_norm / norms.clamp_min(self.clipping_norm)
             coefficients = torch.where(norms.isfinite(), coefficients, torch.zeros_like(coefficients))
-            book.add_weighted(coefficients, self._sums)
+            coefficients[batch_size - padding :] = 0
+            if not self.sharded:
+                book.add_weighted(coefficients, self._sums)
+                return
+            for parameter in self.parameters.values():  # one whole gradient in memory at a time
+                whole: dict[nn.Parameter, Tensor] = {}
+                book.add_weighted(coefficients, whole, only=parameter)
+                shard = _reduce_scatter(whole.get(parameter), parameter)
+                self._sums[parameter] = self._sums[parameter] + shard if parameter in self._sums else shard
 
     def per_example_norms(self, losses: Callable[[], Tensor], batch_size: int) -> Tensor:
         """Gradient norms (batch_size,) of the examples before clipping. They are private if the examples are."""
-        return self._record(losses, batch_size).norms() if batch_size else torch.zeros(0, dtype=torch.float64)
+        if not batch_size:
+            return torch.zeros(0, dtype=torch.float64)
+        book = self._record(losses, batch_size)
+        with self._full_precision():
+            return book.norms()
 
     def take(self) -> dict[str, Tensor]:
-        """The clipped sum since the last call, by parameter name, at least float32; zeros where nothing was added."""
+        """The clipped sum since the last call, by parameter name, at least float32; zeros where nothing was added.
+
+        Of a sharded model the sum over all processes, as a DTensor of which each holds its shard.
+        """
         sums, self._sums = self._sums, {}
         return {
             name: sums[parameter]
@@ -92,6 +119,10 @@ class PerExampleClipper:
             else torch.zeros_like(parameter, dtype=precise(parameter).dtype, requires_grad=False)
             for name, parameter in self.parameters.items()
         }
+
+    def _full_precision(self) -> torch.autocast:
+        """Autocast, if the caller is inside one, ends with the losses: it would round norms and sums."""
+        return torch.autocast(next(iter(self.parameters.values())).device.type, enabled=False)
 
     def _record(self, losses: Callable[[], Tensor], batch_size: int) -> Book:
         """One forward and one backward pass."""
@@ -105,7 +136,8 @@ class PerExampleClipper:
                     raise ValueError(
                         f"losses have shape {tuple(values.shape)}, not ({batch_size},): return one loss per example."
                     )
-                values.sum().backward()
+                with self._full_precision():
+                    values.sum().backward()
             for name, parameter in self.parameters.items():
                 if parameter.grad is not None:
                     raise ValueError(
@@ -121,6 +153,14 @@ class PerExampleClipper:
             self._recorder.shares_inputs = False
             return self._record(losses, batch_size)
         return book
+
+
+def _reduce_scatter(total: Tensor | None, parameter: Any) -> Tensor:
+    """This process's shard of the sum of `total` (None: zero) over all processes, as `parameter` is split."""
+    if total is None:
+        total = torch.zeros(parameter.shape, dtype=precise(parameter).dtype, device=parameter.device)
+    mesh = parameter.device_mesh
+    return DTensor.from_local(total, mesh, [Partial()] * mesh.ndim).redistribute(placements=parameter.placements)
 
 
 __all__ = ["PerExampleClipper"]

@@ -6,13 +6,16 @@ but their backward returns gradients for their inputs only and notes the rest in
 
 import contextlib
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 
 from . import fallback
 from .book import Book, precise
@@ -153,6 +156,66 @@ class _LayerNorm(torch.autograd.Function):
         return inner, None, None, None, None
 
 
+class _Convolution(torch.autograd.Function):
+    """Two-dimensional convolution: at every place of its output, a linear layer on the patch of input below."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, module: nn.Conv2d, book: Book) -> Tensor:
+        ctx.module, ctx.book = module, book
+        ctx.save_for_backward(x, weight)
+        return F.conv2d(x, weight, bias, module.stride, module.padding, module.dilation)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        module, book = ctx.module, ctx.book
+        if module.weight.requires_grad:
+            patches = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
+            book.note_affine(module.weight, patches.transpose(1, 2), g.flatten(2).transpose(1, 2))
+        if module.bias is not None and module.bias.requires_grad:
+            book.note_dense(module.bias, precise(g).sum((2, 3)))
+        inner = None
+        if ctx.needs_input_grad[0]:
+            inner = torch.ops.aten.convolution_backward(
+                g, x, weight, None, module.stride, module.padding, module.dilation, False, [0, 0], 1,
+                [True, False, False],
+            )[0]  # fmt: skip
+        return inner, None, None, None, None
+
+
+class _GroupNorm(torch.autograd.Function):
+    """Group normalisation of (B, C, ...); notes the gradients of weight and bias."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, module: nn.GroupNorm, book: Book) -> Tensor:
+        x = x.contiguous()
+        ctx.sizes = x.shape[0], x.shape[1], x[0, 0].numel(), module.num_groups
+        rows, channels, places, groups = ctx.sizes
+        y, mean, inverse = torch.native_group_norm(x, weight, bias, rows, channels, places, groups, module.eps)
+        ctx.module, ctx.book = module, book
+        ctx.save_for_backward(x, weight, mean, inverse)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, inverse = ctx.saved_tensors
+        module, book, flat = ctx.module, ctx.book, precise(g).flatten(2)
+        if module.weight.requires_grad:
+            grouped = precise(x).reshape(len(x), module.num_groups, -1)
+            normalised = (grouped - mean[..., None]) * inverse[..., None]
+            book.note_dense(module.weight, (normalised.view_as(flat) * flat).sum(2))
+        if module.bias.requires_grad:
+            book.note_dense(module.bias, flat.sum(2))
+        inner = None
+        if ctx.needs_input_grad[0]:
+            inner = torch.ops.aten.native_group_norm_backward(
+                g.contiguous(), x, mean, inverse, weight, *ctx.sizes, [True, False, False]
+            )[0]
+        return inner, None, None, None, None
+
+
 class _Lookup(torch.autograd.Function):
     """Rows of an embedding table; notes which row got which gradient."""
 
@@ -184,6 +247,26 @@ def _affine(module: Any, book: Book, name: str) -> Callable[..., Tensor]:
         _, inputs, readers = book.last_read
         readers.waiting += inputs.requires_grad
         return _Affine.apply(inputs, weight, bias, module, book, readers)
+
+    return forward
+
+
+def _convolution(module: Any, book: Book, name: str) -> Callable[..., Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        weight, bias, dtype = module.weight, module.bias, x.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        return _Convolution.apply(book.rows(x, name).to(dtype), weight, bias, module, book)
+
+    return forward
+
+
+def _group_norm(module: Any, book: Book, name: str) -> Callable[..., Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            x = book.rows(precise(x) if module.weight.dtype != x.dtype else x, name)
+            return _GroupNorm.apply(x, module.weight, module.bias, module, book)
 
     return forward
 
@@ -232,6 +315,11 @@ def _rule(module: nn.Module) -> Callable[..., Callable[..., Tensor]] | None:
         return _embedding if plain else None
     if _plain(module, nn.LayerNorm) and module.weight is not None:
         return _layer_norm
+    if _plain(module, nn.GroupNorm) and module.affine:
+        return _group_norm
+    if _plain(module, nn.Conv2d):
+        plain_ = module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+        return _convolution if plain_ else None
     one_dimensional = len(getattr(module, "normalized_shape", ())) == 1
     if (_plain(module, nn.RMSNorm) and one_dimensional) or _is_llama_rms_norm(module):
         return _rms_norm
@@ -242,11 +330,37 @@ def _is_llama_rms_norm(module: nn.Module) -> bool:
     """Does a module called ...RMSNorm compute what Llama's does? Some scale by 1 + weight, so numbers decide."""
     if not type(module).__name__.endswith("RMSNorm") or not hasattr(module, "variance_epsilon"):
         return False
-    weight: Any = module.weight
+    of: Any = module.weight
     with torch.no_grad():
-        x = torch.linspace(-1, 2, weight.numel(), device=weight.device, dtype=weight.dtype)[None]
+        x = torch.linspace(-1, 2, of.numel(), device=of.device, dtype=of.dtype)[None]
+        weight = x[0] + 3  # another one than the module's, which may be a shard
+        theirs = torch.func.functional_call(module, {"weight": weight}, (x,))
         ours = _RMSNorm.apply(x, weight, module, module.variance_epsilon, None)
-        return bool(torch.allclose(module(x), ours, rtol=1e-2 if x.dtype == torch.bfloat16 else 1e-5))
+        return bool(torch.allclose(theirs, ours, rtol=1e-2 if x.dtype == torch.bfloat16 else 1e-5))
+
+
+def _with_gathered(forward: Callable[..., Any], module: nn.Module, book: Book) -> Callable[..., Any]:
+    """FSDP2 puts a gathered parameter in the place of the shard for the time of a pass: the notes go to the shard."""
+    shards = dict(module.named_parameters(recurse=False))
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        for name, shard in shards.items():
+            book.stands_for[getattr(module, name)] = shard
+        return forward(*args, **kwargs)
+
+    return run
+
+
+def _check_sharding(name: str, parameter: nn.Parameter) -> None:
+    """Every entry on exactly one of all processes: then noise by its holder is noise once."""
+    whole = isinstance(parameter, DTensor) and parameter.device_mesh.size() == dist.get_world_size()
+    if not whole or not all(placement.is_shard() for placement in parameter.placements):  # type: ignore[attr-defined]
+        how = getattr(parameter, "placements", "not at all")
+        raise ValueError(
+            f"{name} is split {how} over {dist.get_world_size()} processes; with a sharded model every trainable"
+            " parameter must be split over all processes, without replicas: call fully_shard on the whole model with a"
+            " mesh of one dimension."
+        )
 
 
 class Recorder:
@@ -286,11 +400,21 @@ class Recorder:
                 self._rules.append((name, module, rule))
                 (tables if rule is _embedding else weights).update(own)
         self._tied = frozenset(tables & weights)
+        self.sharded = any(isinstance(parameter, DTensor) for parameter in self.parameters.values())
+        if self.sharded:
+            self.shares_inputs = False  # mending it takes a second pass, on one process only
+            for name, parameter in self.parameters.items():
+                _check_sharding(name, parameter)
         for name, parameter in self.parameters.items():
             if parameter not in tables | weights | others:
                 raise ValueError(
                     f"{name} is trainable, but no module with a forward of its own holds it, so nothing gives its"
                     " per-example gradients; freeze it with requires_grad_(False)."
+                )
+            if parameter in others and self.sharded:
+                raise ValueError(
+                    f"{name} is sharded and in a module without a book-keeping rule, whose parameters the fallback"
+                    " cannot gather; freeze it with requires_grad_(False), or train on whole copies of the model."
                 )
             if parameter in (tables | weights) & others:
                 raise ValueError(
@@ -312,6 +436,8 @@ class Recorder:
     def recording(self, batch_size: int) -> Iterator[Book]:
         """Records every forward and backward pass inside, also those recomputed by gradient checkpointing.
 
+        What `torch.compile` made runs uncompiled inside.
+
         Raises:
             ValueError: a batch normalisation in training mode, through which examples see each other.
         """
@@ -324,10 +450,16 @@ class Recorder:
         book = Book(batch_size, self._tied, self._memory_budget)
         book.shares_inputs = self.shares_inputs
         before = [vars(module).get("forward") for _, module, _ in self._rules]
+        # A compiled graph would not see the replaced forwards, so what is compiled runs uncompiled here.
+        eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
         try:
             for name, module, rule in self._rules:
-                vars(module)["forward"] = rule(module, book, name)  # shadows the class's method on this instance only
-            yield book
+                forward = rule(module, book, name)
+                if self.sharded:
+                    forward = _with_gathered(forward, module, book)
+                vars(module)["forward"] = forward  # shadows the class's method on this instance only
+            with eager:
+                yield book
         finally:
             book.last_read = None
             for (_, module, _), own in zip(self._rules, before, strict=True):
