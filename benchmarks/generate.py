@@ -3,9 +3,9 @@
 All draw from the same model the same number of tokens, in float32, from the whole distribution. `ratio` is to
 "generate, static cache" of the same model, batch and guidance. `generate` guides by a second pass of its own; ours by
 one doubled batch. Timings are medians of interleaved rounds. `floor_share` is what the hardware would need at least,
-over what it needed: the larger of the arithmetic at the speed of a large matrix product and the reading of the
-weights at the speed of a large copy, both measured here. "digits" is the model in the package; "wide" has ten times
-as many weights, random ones. The last rows give the share of a pipeline's time that passes outside of its models.
+over what it needed: the larger of the arithmetic at the speed of a large matrix product and the reading of the weights
+at the speed of a large copy, both measured here. "digits" is the model in the package; "wide" has ten times as many
+weights, random ones. The last rows give the share of a pipeline's time that passes outside of its models.
 """
 
 import argparse
@@ -171,7 +171,7 @@ def overhead_rows(device: str, rounds: int) -> list[dict]:
         shares, whole = [], []
         for index in range(rounds + 1):
             inside = 0.0
-            taken = seconds(lambda number=number: pipe(range(8), number // 8), device)
+            taken = seconds(lambda number=number: pipe(class_labels=range(8), num_images=number // 8), device)
             if index:
                 shares.append(1 - inside / taken)
                 whole.append(taken)

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_model
 from test_clipping import llama, looped, relative_error, token_rows
+from test_trainer import Rows, arguments
 
+from hf_spectral_dp import DPTrainer
 from hf_spectral_dp.privacy.ledger import read_ledger
 from hf_spectral_dp.trainer import LEDGER
 
@@ -17,7 +20,9 @@ from hf_spectral_dp.trainer import LEDGER
 def found(tmp_path_factory) -> Path:
     """The folder with what two_processes.py wrote."""
     folder, here = tmp_path_factory.mktemp("two"), Path(__file__).parent
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    config = here.parent / "examples" / "accelerate_cpu.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    command += ["--main_process_port", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([*sys.path, str(here)])}
     command += [str(here / "two_processes.py"), str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
@@ -63,3 +68,11 @@ def test_a_run_on_two_processes(name, found):
     assert {index % 2 for taken in first["taken"] for index in taken} == {0}
     assert {index % 2 for taken in second["taken"] for index in taken} == {1}
     assert [[i // 2 for i in taken] for taken in first["taken"]] != [[i // 2 for i in x] for x in second["taken"]]
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, monkeypatch):
+    """Without use_cpu, accelerate sees no device for the second process, and each would train as if it were alone."""
+    args = arguments(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were started, but this one sees 1.*use_cpu"):
+        DPTrainer(tiny_model(), args, Rows())

@@ -176,10 +176,10 @@ def test_the_pipeline_takes_a_backend_by_the_call(backend):
     pipe.set_progress_bar_config(disable=True)
     if pipeline.model_cpu_offload_seq is not None:
         pipeline.enable_model_cpu_offload(device="cpu")  # the same hooks as on an accelerator
-    images = pipe([1, 2], upscaling=upscaler(pipeline, **options()), output_type="pt").images
+    images = pipe(class_labels=[1, 2], upscaling=upscaler(pipeline, **options()), output_type="pt").images
     assert images.shape == (2, 3, 16, 16)
     with pytest.raises(ValueError, match="upscales by .*never brings coarse_size=4 to image_size=16"):
-        pipe(1, upscaling=upscaler("nearest", scale=3))
+        pipe(class_labels=1, upscaling=upscaler("nearest", scale=3))
 
 
 def test_errors_name_value_and_remedy():

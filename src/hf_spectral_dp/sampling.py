@@ -117,8 +117,10 @@ def draw(logits: Tensor, top_k: int, top_p: float, generator: torch.Generator | 
     # On a CPU, multinomial draws one random number per code: ten times as long as inverting the distribution function.
     mass = probabilities.cumsum(-1)
     uniform = torch.rand(len(mass), 1, generator=generator, dtype=mass.dtype)
+    whole = mass[:, -1:]
+    drawn = torch.minimum(uniform * whole, whole.nextafter(torch.zeros_like(whole)))  # the product may round up to it
     # The first code whose sum of probabilities exceeds the number drawn has a probability above zero.
-    return torch.searchsorted(mass, uniform * mass[:, -1:], right=True)[:, 0]
+    return torch.searchsorted(mass, drawn, right=True)[:, 0]
 
 
 __all__ = ["StepByStep", "draw", "step"]
