@@ -196,7 +196,9 @@ def test_the_image_is_seen_growing_coarse_to_fine():
     def look(pipe, step, timestep, tensors):
         seen.append((step, timestep, pipe.model.decode(tensors["tokens"])))
 
-    final = pipe([1, 2, 3], generator=seeded(), output_type="latent", batch_size=2, callback_on_step_end=look).images
+    final = pipe(
+        class_labels=[1, 2, 3], generator=seeded(), output_type="latent", batch_size=2, callback_on_step_end=look
+    ).images
     assert [(step, timestep, len(images)) for step, timestep, images in seen] == [
         (0, 4, 2), (1, 8, 2), (2, 12, 2), (0, 4, 1), (1, 8, 1), (2, 12, 1)
     ]  # fmt: skip
@@ -204,20 +206,22 @@ def test_the_image_is_seen_growing_coarse_to_fine():
     errors = [(images - final[:2]).square().mean() for _, _, images in seen[:3]]
     assert errors[0] > errors[1] > errors[2] == 0
     for count in (1, 2, 3):
-        early = pipe([1, 2], generator=seeded(), output_type="latent", num_scales=count).images
+        early = pipe(class_labels=[1, 2], generator=seeded(), output_type="latent", num_scales=count).images
         assert torch.equal(early, seen[count - 1][2])  # the same images, stopped earlier
 
 
 @torch.no_grad()
 def test_tiling_is_switched_on_and_off():
     pipe = pipeline(scales=1, super_resolution=network())
-    expected = pipe(1, generator=seeded(), output_type="pt").images
+    expected = pipe(class_labels=1, generator=seeded(), output_type="pt").images
     pipe.enable_tiling(tile_size=2, tile_overlap=0)
-    seams = pipe(1, generator=seeded(), output_type="pt").images
+    seams = pipe(class_labels=1, generator=seeded(), output_type="pt").images
     pipe.enable_tiling(tile_size=2, tile_overlap=6)
-    torch.testing.assert_close(pipe(1, generator=seeded(), output_type="pt").images, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        pipe(class_labels=1, generator=seeded(), output_type="pt").images, expected, atol=1e-5, rtol=0
+    )
     pipe.disable_tiling()
-    assert torch.equal(pipe(1, generator=seeded(), output_type="pt").images, expected)
+    assert torch.equal(pipe(class_labels=1, generator=seeded(), output_type="pt").images, expected)
     assert not torch.equal(seams, expected)
 
 
