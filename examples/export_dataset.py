@@ -28,6 +28,11 @@ def main() -> None:
     parser.add_argument(
         "--class_labels", type=int, nargs="+", help="labels, in turn; repeat one to have more of it; default all alike"
     )
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        help="for a model with text: a file, one prompt per line, taken in turn and published too",
+    )
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same images")
     parser.add_argument("--shard_size", type=int, default=1000, help="images per file, and lost at most by a crash")
     parser.add_argument("--batch_size", type=int, default=64, help="images drawn at once; lower it if memory runs out")
@@ -45,6 +50,7 @@ def main() -> None:
         arguments.out,
         arguments.num_images,
         class_labels=arguments.class_labels,
+        prompts=arguments.prompts and arguments.prompts.read_text(encoding="utf-8").splitlines(),
         seed=arguments.seed,
         shard_size=arguments.shard_size,
         batch_size=arguments.batch_size,

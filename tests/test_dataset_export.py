@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from card_reports import report
 from conftest import tiny_model
 from datasets import load_dataset
 from huggingface_hub import HfApi
 from PIL import Image
+from text_parts import text_encoder, text_model
 
 from hf_spectral_dp import DPSpectralPipeline, PrivacyCard, SpectralImageProcessor
 from hf_spectral_dp.dataset_export import export_dataset, export_shards, publish_dataset
@@ -129,6 +131,30 @@ def test_labels_and_sampling_as_asked(source, tmp_path):
     assert len(set(images)) == 2 and images[0] == images[1] != images[2]  # almost no heat: one image per label
 
 
+def test_prompts_in_turn_become_a_column(tmp_path):
+    encoder, words = text_encoder(tmp_path / "encoder")
+    source, processor = tmp_path / "source", SpectralImageProcessor(image_size=16, num_channels=3)
+    model = text_model()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():  # so large that a prompt changes the likeliest tokens
+        parameter.data.normal_(std=1.0, generator=generator)
+    DPSpectralPipeline(model, processor, None, encoder, words).save_pretrained(source)
+    PrivacyCard(report()).save(source)
+    prompts = ["a red circle", "a blue square", "a photo"]
+    folder = export_dataset(source, tmp_path / "out", 7, prompts=prompts, shard_size=3, temperature=1e-6)
+    rows = load_dataset(str(folder), split="train", cache_dir=str(tmp_path / "cache"))
+    assert rows["text"] == [*prompts, *prompts, prompts[0]]
+    images = [np.asarray(image).tobytes() for image in rows["image"]]
+    assert len(set(images)) == 3 and images[:3] == images[3:6]  # almost no heat: one image per prompt
+    assert "the guarantee does not speak of it" in (folder / "README.md").read_text()
+    plain = load_dataset(
+        str(export_dataset(source, tmp_path / "plain", 2)), split="train", cache_dir=str(tmp_path / "c")
+    )
+    assert plain.column_names == ["image"]
+    with pytest.raises(ValueError, match=r"prompts=\[\] must be texts"):
+        export_dataset(source, tmp_path / "none", 2, prompts=[])
+
+
 def test_another_seed_gives_other_images(source, whole, tmp_path):
     other = files(export_dataset(source, tmp_path, **{**SETTINGS, "seed": 4}))
     assert other.keys() == whole.keys()
@@ -162,6 +188,7 @@ def test_markup_in_the_unit_stays_text(source, tmp_path):
         ({"upscaling": "magic"}, "upscaling='magic'"),
         ({"class_labels": [10]}, r"class_labels=\[10\] must be labels in \[0, 10\)"),
         ({"class_labels": []}, r"class_labels=\[\]"),
+        ({"prompts": ["a"]}, "prompts are for a model with text alone, but this one has conditioning='class'"),
         ({"heat": 1.0}, r"\['heat'\] are unknown; use guidance_scale"),
     ],
 )

@@ -20,11 +20,12 @@ from typing import Any
 import pyarrow.parquet
 import torch
 from accelerate import PartialState
-from datasets import ClassLabel, Dataset, Features, Image
+from datasets import ClassLabel, Dataset, Features, Image, Value
 from huggingface_hub import CommitOperationAdd, HfApi
 from tqdm import tqdm
 
 from .card import README_NAME, REPORT_NAME, PrivacyCard
+from .configuration_spectral import SpectralConfig
 from .pipeline_spectral import UPSCALING_MODES, DPSpectralPipeline
 
 SETTINGS_NAME = "export.json"
@@ -37,6 +38,7 @@ def export_dataset(
     num_images: int,
     *,
     class_labels: Sequence[int] | None = None,
+    prompts: Sequence[str] | None = None,
     seed: int = 0,
     shard_size: int = 1000,
     batch_size: int = 64,
@@ -54,6 +56,8 @@ def export_dataset(
         num_images: how many, in all.
         class_labels: the label of image i is `class_labels[i % len(class_labels)]`. Default: every class in turn, so
             that the numbers of images per class differ by one at most; no labels for a model without classes.
+        prompts: for a model with text: image i shows `prompts[i % len(prompts)]`, which becomes the column "text".
+            Prompts are published with the images and are NOT covered by the guarantee: take no private captions.
         seed: same seed, same images, on the same kind of device.
         shard_size: images per file. An interruption loses no more than one such file of each process.
         batch_size: images that are drawn at once.
@@ -72,7 +76,8 @@ def export_dataset(
     state, folder = PartialState(), Path(folder)
     if not Path(source).is_dir():
         source = DPSpectralPipeline.download(str(source))
-    settings = _settings(Path(source), num_images, class_labels, seed, shard_size, batch_size, upscaling, sampling)
+    conditions = _conditions(Path(source), class_labels, prompts)
+    settings = _settings(Path(source), num_images, conditions, seed, shard_size, batch_size, upscaling, sampling)
     device = device or str(state.device)
     settings["made_with"] = {"torch": torch.__version__.partition("+")[0], "device": torch.device(device).type}
     if state.is_main_process:
@@ -105,7 +110,8 @@ def export_shards(pipeline: DPSpectralPipeline, folder: Path, process_index: int
             if not (folder / files[index]).exists():
                 shard = draw_shard(pipeline, settings, index)
                 buffer = io.BytesIO()
-                shard.to_parquet(buffer)
+                # The schema carries the features. Few rows per group, so that a viewer reads a page and not the file.
+                pyarrow.parquet.write_table(shard.data.table, buffer, row_group_size=100)
                 _write(folder / files[index], buffer.getvalue(), f".{process_index}-")
 
 
@@ -116,11 +122,12 @@ def draw_shard(pipeline: DPSpectralPipeline, settings: dict[str, Any], index: in
     # The generator of a shard depends on its number, so that no shard waits for another, and unrelated for all seeds.
     digest = hashlib.sha256(f"{settings['seed']} {index}".encode()).digest()
     generator = torch.Generator(pipeline.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    labels = settings["class_labels"]
-    chosen = None if labels is None else [labels[number % len(labels)] for number in numbers]
+    conditions = {
+        name: [values[number % len(values)] for number in numbers] for name, values in settings["conditions"].items()
+    }
     images = pipeline(
-        class_labels=chosen,
-        num_images=len(numbers) if chosen is None else 1,
+        **conditions,
+        num_images=1 if conditions else len(numbers),
         generator=generator,
         batch_size=settings["batch_size"],
         upscaling=settings["upscaling"],
@@ -129,9 +136,11 @@ def draw_shard(pipeline: DPSpectralPipeline, settings: dict[str, Any], index: in
     )[0]
     columns: dict[str, list] = {"image": [{"bytes": _png(image), "path": None} for image in images]}
     features = {"image": Image()}
-    if chosen is not None:
-        columns["label"] = chosen
+    if "class_labels" in conditions:
+        columns["label"] = conditions["class_labels"]
         features["label"] = ClassLabel(num_classes=pipeline.model.config.num_classes)
+    if "prompt" in conditions:
+        columns["text"], features["text"] = conditions["prompt"], Value("string")
     return Dataset.from_dict(columns, features=Features(features))
 
 
@@ -143,9 +152,14 @@ def shard_files(settings: dict[str, Any]) -> Iterator[str]:
 
 def dataset_card(card: PrivacyCard, settings: dict[str, Any]) -> str:
     """README.md of the dataset: the guarantee of the model that drew it, and what that means for the images."""
-    number, labels = settings["num_images"], settings["class_labels"]
-    conditions = "No labels." if labels is None else f"Labels in turn: {', '.join(map(str, labels[:20]))}"
-    conditions += " and so on." if labels and len(labels) > 20 else "" if labels is None else "."
+    number, labels = settings["num_images"], settings["conditions"].get("class_labels", [])
+    conditions, task = "", "unconditional-image-generation"
+    if labels:
+        conditions = f" Labels in turn: {', '.join(map(str, labels[:20]))}{' and so on' * (len(labels) > 20)}."
+        task = "image-classification"
+    elif "prompt" in settings["conditions"]:
+        conditions = " The column `text` holds what was asked for; the guarantee does not speak of it."
+        task = "text-to-image"
     size = next(name for limit, name in _SIZES if number < limit)
     # The guarantee names the unit in the publisher's words: text, never markup.
     guarantee = html.escape(" ".join(card.guarantee.split()))
@@ -155,7 +169,7 @@ tags:
 - synthetic
 - differential-privacy
 task_categories:
-- {"unconditional-image-generation" if labels is None else "image-classification"}
+- {task}
 size_categories:
 - {size}
 configs:
@@ -167,7 +181,7 @@ configs:
 
 # Synthetic images with differential privacy
 
-{number:,} images, all of them drawn from a generator; none is a photograph. {conditions}
+{number:,} images, all of them drawn from a generator; none is a photograph.{conditions}
 
 > {guarantee}
 
@@ -208,7 +222,7 @@ _SIZES = [(10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "
 
 
 def _settings(
-    source: Path, num_images: int, class_labels: Sequence[int] | None, seed: int, shard_size: int, batch_size: int,
+    source: Path, num_images: int, conditions: dict[str, list], seed: int, shard_size: int, batch_size: int,
     upscaling: str, sampling: dict[str, float],
 ) -> dict[str, Any]:  # fmt: skip
     """Everything that the images depend on, checked."""
@@ -224,20 +238,36 @@ def _settings(
         raise ValueError(f"upscaling={upscaling!r} is unknown; use one of {', '.join(UPSCALING_MODES)}.")
     if set(sampling) - set(_SAMPLING):
         raise ValueError(f"{sorted(set(sampling) - set(_SAMPLING))} are unknown; use {', '.join(_SAMPLING)}.")
-    classes = json.loads((source / "model" / "config.json").read_text(encoding="utf-8"))["num_classes"]
-    labels = list(range(classes)) if class_labels is None else [int(label) for label in class_labels]
-    if class_labels is not None and (not labels or not all(0 <= label < classes for label in labels)):
-        raise ValueError(f"class_labels={labels[:5]} must be labels in [0, {classes}), at least one.")
     return {
         "source": hashlib.sha256((source / REPORT_NAME).read_bytes()).hexdigest(),
         "num_images": num_images,
-        "class_labels": labels or None,
+        "conditions": conditions,
         "seed": seed,
         "shard_size": shard_size,
         "batch_size": batch_size,
         "upscaling": upscaling,
         "sampling": sampling,
     }
+
+
+def _conditions(source: Path, class_labels: Sequence[int] | None, prompts: Sequence[str] | None) -> dict[str, list]:
+    """What the images show in turn, by the name of the pipeline's argument; empty for images without condition."""
+    config = SpectralConfig.from_pretrained(source / "model")
+    if prompts is not None:
+        if class_labels is not None or config.conditioning != "text":
+            raise ValueError(
+                f"prompts are for a model with text alone, but this one has conditioning={config.conditioning!r}; use"
+                " class_labels, or nothing."
+            )
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not texts or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"prompts={texts[:5]} must be texts, at least one.")
+        return {"prompt": texts}
+    classes = config.num_classes
+    labels = list(range(classes)) if class_labels is None else [int(label) for label in class_labels]
+    if class_labels is not None and (not labels or not all(0 <= label < classes for label in labels)):
+        raise ValueError(f"class_labels={labels[:5]} must be labels in [0, {classes}), at least one.")
+    return {"class_labels": labels} if labels else {}
 
 
 def _begin(folder: Path, settings: dict[str, Any]) -> None:
