@@ -42,6 +42,7 @@ ORDER = [
     "publication",
     "pipeline_spectral",
     "registry",
+    "dataset_export",
     "cli",
     "",  # hf_spectral_dp/__init__.py
 ]
