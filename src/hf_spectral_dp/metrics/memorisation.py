@@ -242,7 +242,7 @@ def completions(model: Any, rows: Tensor, prefix: int, batch_size: int = 256) ->
     length = rows.shape[1]
     done = [
         model.generate(
-            some[:, : 1 + prefix].to(device), do_sample=False, max_new_tokens=length - 1 - prefix, use_cache=True
+            some[:, : 1 + prefix].to(device), do_sample=False, max_length=length, use_cache=True
         ).cpu()
         for some in rows.split(batch_size)
     ]
