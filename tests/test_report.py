@@ -1,0 +1,121 @@
+"""The page stands alone: nothing is fetched, everything is said, no text becomes markup; a browser shows it."""
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+from card_reports import changed, report
+from test_assessment import owners, strangers  # noqa: F401  fixtures
+
+from hf_spectral_dp.report import render_report, write_report
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "headless_shell")
+VOID = {"img", "meta", "link", "br", "hr", "input", "path", "use", "rect", "line"}
+
+
+class Reader(HTMLParser):
+    """Checks that elements are closed in order, and collects what a browser would fetch."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.fetched, self.ids, self.tags, self.words = [], [], [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        fields = dict(attributes)
+        self.ids += [fields["id"]] if "id" in fields else []
+        self.fetched += [fields[name] for name in ("src", "srcset", "data", "poster", "action") if name in fields]
+        if tag != "a" and "href" in fields:
+            self.fetched.append(fields["href"])
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open and self.open[-1] == tag, (tag, self.open[-3:])
+            self.open.pop()
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def read(page: str) -> Reader:
+    reader = Reader()
+    reader.feed(page)
+    reader.close()
+    return reader
+
+
+@pytest.fixture(scope="module")
+def page(owners):  # noqa: F811
+    return render_report(owners, report())
+
+
+def test_the_page_is_well_formed_and_fetches_nothing(page):
+    reader = read(page)
+    assert not reader.open and len(reader.ids) == len(set(reader.ids))
+    assert reader.tags.count("img") > 60 and reader.tags.count("svg") == 4
+    assert all(source.startswith(("data:image/png;base64,", "#")) for source in reader.fetched)
+    assert not {"script", "link", "iframe", "object", "embed"} & set(reader.tags)
+    assert "@import" not in page and not re.search(r"url\((?!#)", page) and "http" not in re.sub("http-equiv", "", page)
+
+
+def test_every_section_has_its_figures(page, owners):  # noqa: F811
+    text = " ".join(" ".join(read(page).words).split())
+    claim = report()["claim"]
+    for said in (claim["statement"], "Fréchet distance", "convolutional", "residual", "mixer", "For the owner of the data",
+                 "no sign of copying", "Without privacy", "nearest training image (private)", "not accounted",
+                 "covered by the claim", f"μ = {claim['gaussian_dp']['mu']}", "Evidence, not a guarantee"):  # fmt: skip
+        assert said in text, said
+    share = owners.leakage["this model"].copying.share
+    assert f"{100 * share:.1f} %" in text
+
+
+def test_private_pictures_and_warnings_only_where_they_belong(strangers):  # noqa: F811
+    text = " ".join(read(render_report(strangers, report())).words)
+    assert "(private)" not in text and "For the owner of the data" not in text and "Only their owner" not in text
+    assert "not looked for" in text
+
+
+def test_text_of_the_card_is_no_markup(strangers):  # noqa: F811
+    wicked = "<script>alert(1)</script>\"'><img src=http://x>"
+    fields = changed(report(), ("data", "name"), wicked)
+    fields = changed(fields, ("hyperparameter_tuning", "statement"), wicked)
+    reader = read(render_report(strangers, fields))
+    assert "script" not in reader.tags and not any("//x" in source for source in reader.fetched)
+
+
+def test_files_are_written_whole_and_repeat_themselves(strangers, tmp_path):  # noqa: F811
+    path = write_report(strangers, report(), tmp_path / "new" / "report")
+    assert sorted(file.name for file in path.parent.iterdir()) == ["assessment.json", "index.html"]
+    assert json.loads((path.parent / "assessment.json").read_text())["generated"] == strangers.generated
+    first = path.read_bytes()
+    assert write_report(strangers, report(), path.parent).read_bytes() == first
+
+
+def test_a_browser_shows_the_page_and_asks_nothing_of_the_network(owners, tmp_path):  # noqa: F811
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip(f"none of {', '.join(BROWSERS)} is installed")
+    path = write_report(owners, report(), tmp_path / "report")
+    common = [
+        browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+        f"--user-data-dir={tmp_path / 'profile'}", f"--log-net-log={tmp_path / 'net.json'}",
+        f"--screenshot={tmp_path / 'page.png'}", "--window-size=1200,3000", "--dump-dom", path.as_uri(),
+    ]  # fmt: skip
+    shown = subprocess.run(common, capture_output=True, text=True, timeout=120, check=True)
+    assert "What touched private data" in shown.stdout and "Refused to" not in shown.stderr
+    from PIL import Image
+
+    colours = Image.open(tmp_path / "page.png").convert("RGB").getcolors(maxcolors=2**24)
+    assert len(colours) > 100  # header, pictures and plots, not a blank page
+    log = (tmp_path / "net.json").read_text()
+    assert not re.findall(rf'"url":"(?:https?:)//(?!accounts\.google|clients|update)[^"]*{re.escape(path.name)}', log)
