@@ -19,6 +19,10 @@ ORDER = [
     "image_processing_spectral",
     "image_sources",
     "privacy",
+    "privacy_report",
+    "released_files",
+    "report_rules",
+    "verification",
     "checkpoint_files",
     "saving_trainer",
     "token_store",
@@ -35,7 +39,7 @@ ORDER = [
     "cli",
     "",  # hf_spectral_dp/__init__.py
 ]
-MAY_READ = {"card": {"privacy", "metrics"}, "privacy": set()}  # stricter than the order
+MAY_READ = {"card": {"released_files", "report_rules", "verification"}, "privacy": set()}  # stricter than the order
 PRIVACY_LIBRARIES = {"torch", "numpy", "scipy", "dp_accounting", "randomgen"}
 
 

@@ -29,7 +29,7 @@ def test_verify_prints_the_guarantee_and_every_check(folder, capsys):
 def test_verify_fails_on_any_contradiction(folder, capsys, harm):
     if harm == "epsilon":
         fields = json.loads((folder / "privacy.json").read_text())
-        fields["guarantee"]["epsilon"] = 0.01
+        fields["claim"]["epsilon"] = 0.01
         (folder / "privacy.json").write_text(json.dumps(fields))
     elif harm == "weights":
         (folder / "model" / "model.safetensors").write_bytes(b"other")
@@ -43,10 +43,10 @@ def test_a_missing_or_invalid_card_fails_without_a_traceback(folder, tmp_path, c
     for command in ("verify", "card"):
         assert main([command, str(tmp_path / "none")]) == 1
         assert "does not exist" in capsys.readouterr().err
-    (folder / "privacy.json").write_text(json.dumps({**report(), "guarantee": {}}))
+    (folder / "privacy.json").write_text(json.dumps({**report(), "claim": {}}))
     for command in ("verify", "card"):
         assert main([command, str(folder)]) == 1
-        assert "guarantee.epsilon is missing" in capsys.readouterr().err
+        assert "claim.epsilon is missing" in capsys.readouterr().err
 
 
 def test_card_renders_the_readme_and_vouches_for_nothing_new(folder):

@@ -96,7 +96,7 @@ def test_the_usual_methods_of_diffusers_go_the_same_way(saved, hub, method):
     assert set(hub) == PUBLIC
     assert hub["README.md"] == readme  # diffusers alone would put a draft that knows nothing of privacy in its place
     assert not [name for name, content in hub.items() if str(saved).encode() in content]  # no path of this machine
-    assert json.loads(hub["privacy.json"])["guarantee"]["epsilon"] == report()["guarantee"]["epsilon"]
+    assert json.loads(hub["privacy.json"])["claim"]["epsilon"] == report()["claim"]["epsilon"]
 
 
 def test_without_its_card_nothing_is_uploaded(tmp_path, hub):

@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 from .configuration_spectral import SpectralConfig
 from .image_processing_spectral import SpectralImageProcessor
 from .modeling_spectral import SpectralTokenizerForCausalLM
-from .publication import check_own_folder, publish
+from .publication import publish
+from .released_files import check_own_folder
 from .super_resolution import RESAMPLING_MODES, SpectralSuperResolution, upscale
 
 Upscaling = Literal["model", "none", "nearest", "bicubic", "lanczos"]
@@ -117,7 +118,7 @@ class DPSpectralPipeline(DiffusionPipeline):
         Raises:
             ValueError: other files lie in the folder; nothing was saved.
         """
-        check_own_folder(save_directory)
+        check_own_folder(save_directory, pipeline=True)
         names = ("repo_id", "commit_message", "private", "token", "create_pr")
         upload = {name: kwargs.pop(name) for name in names if name in kwargs} if push_to_hub else {}
         super().save_pretrained(save_directory, *args, **kwargs)

@@ -1,49 +1,11 @@
-"""What may leave the machine: the public files of a saved pipeline with its card, and nothing that lies beside them.
+"""The one way out: a saved pipeline or model with its card, in one commit, and nothing that lies beside them."""
 
-An allow-list, because the folder of a run also holds what must stay: token rows, the ledger, optimizer states, random
-states, the files of checkpoints. All uploads of this package go through `publish`.
-"""
-
-import os
-import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
 
-from .card import README_NAME, REPORT_NAME, SAMPLES_NAME, PrivacyCard
-
-_COMPONENTS = ("model", "image_processor", "super_resolution")
-_PUBLIC = re.compile(
-    rf"model_index\.json|{re.escape(REPORT_NAME)}|{re.escape(README_NAME)}|{re.escape(SAMPLES_NAME)}|LICENSE(\.txt|\.md)?"
-    rf"|({'|'.join(_COMPONENTS)})/(config\.json|generation_config\.json|preprocessor_config\.json"
-    r"|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json)"
-)
-
-
-def is_public(name: str) -> bool:
-    """Whether a file of that path in a pipeline's folder, such as "model/config.json", may be uploaded."""
-    return _PUBLIC.fullmatch(name) is not None
-
-
-def public_files(folder: str | Path) -> list[str]:
-    """Paths of the files in a folder that may be uploaded, sorted."""
-    return sorted(name for name in _files(Path(folder)) if is_public(name))
-
-
-def check_own_folder(folder: str | os.PathLike) -> None:
-    """Raises ValueError if anything but the public files of a pipeline lies in a folder (hidden files aside).
-
-    A pipeline has a folder of its own, so that whoever copies or uploads that folder by other means takes no private
-    file along.
-    """
-    folder = Path(folder)
-    private = sorted(name for name in _files(folder) if not is_public(name))
-    if private:
-        named = ", ".join(private[:3]) + (f" and {len(private) - 3} more" if len(private) > 3 else "")
-        raise ValueError(
-            f"{str(folder)!r} holds files that no pipeline has ({named}); save the pipeline to a folder of its own."
-        )
+from .card import PrivacyCard
+from .released_files import public_files
 
 
 def publish(
@@ -87,11 +49,4 @@ def publish(
     return str(commit)
 
 
-def _files(folder: Path) -> Iterator[str]:
-    for path in folder.rglob("*"):
-        name = path.relative_to(folder)
-        if not path.is_dir() and not any(part.startswith(".") for part in name.parts):
-            yield name.as_posix()
-
-
-__all__ = ["check_own_folder", "is_public", "public_files", "publish"]
+__all__ = ["publish"]
