@@ -4,8 +4,8 @@
         --out report
 
 `report/index.html` shows samples, how the image grows from coarse to fine, how much the images look like real ones,
-what they are worth for training classifiers, what the guarantee allows, and everything that touched private data, marked
-as accounted or not. `report/assessment.json` holds the same figures.
+what they are worth for training classifiers, what the guarantee allows, and everything that touched private data,
+marked as accounted or not. `report/assessment.json` holds the same figures.
 
 The real images must be of the same kind and must NOT have been trained on. Their figures are facts about them: only for
 images that nobody protects (`--real_is_public`) is the page free of private information. No privacy is spent on drawing

@@ -36,6 +36,9 @@ ORDER = [
     "card",
     "publication",
     "pipeline_spectral",
+    "assessment",
+    "plots",
+    "report",
     "cli",
     "",  # hf_spectral_dp/__init__.py
 ]

@@ -1,6 +1,7 @@
 """An assessment measures what it says, lists every look at private images, and its figures fit onto the card."""
 
 import json
+from functools import cache
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from hf_spectral_dp import (
     SpectralImageProcessor,
     SpectralTokenizerForCausalLM,
 )
-from hf_spectral_dp.assessment import RealImages, assess, for_the_card, read_real_images
+from hf_spectral_dp.assessment import Assessment, RealImages, assess, for_the_card, read_real_images
 from hf_spectral_dp.super_resolution import SpectralSuperResolution, SpectralSuperResolutionConfig
 
 
@@ -42,8 +43,8 @@ def real_images(count: int, seed: int, name: str = "noise", public: bool = False
     return RealImages(name, pixels, torch.arange(count) % 10, public, 0)
 
 
-@pytest.fixture(scope="module")
-def owners():
+@cache
+def owners_assessment() -> Assessment:
     """With everything that an owner can give; the model is its own twin."""
     pipeline = tiny_pipeline()
     return assess(
@@ -52,10 +53,20 @@ def owners():
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def strangers():
+@cache
+def strangers_assessment() -> Assessment:
     """Public real images only."""
     return assess(tiny_pipeline(), real_images(100, 0, "public", public=True), num_images=60, seeds=1, steps=2)
+
+
+@pytest.fixture(scope="module")
+def owners() -> Assessment:
+    return owners_assessment()
+
+
+@pytest.fixture(scope="module")
+def strangers() -> Assessment:
+    return strangers_assessment()
 
 
 def test_everything_is_measured_and_noise_shows_no_copying(owners):
@@ -122,7 +133,8 @@ def test_a_choice_on_private_images_is_accounted_but_not_by_the_claim():
 
 def test_images_of_all_sizes_are_read_and_broken_ones_left_out():
     processor = SpectralImageProcessor(image_size=16, num_channels=1)
-    rows = [{"image": Image.new("L", (8 + n, 30), n), "label": n} for n in range(5)] + [{"image": b"no image", "label": 1}]
+    rows = [{"image": Image.new("L", (8 + n, 30), n), "label": n} for n in range(5)]
+    rows.append({"image": b"no image", "label": 1})
     with pytest.warns(UserWarning, match="1 images could not be read"):
         found = read_real_images(rows, processor, "mixed", label_column="label")
     assert found.pixels.shape == (5, 1, 16, 16) and found.labels.tolist() == [0, 1, 2, 3, 4] and found.unreadable == 1

@@ -249,7 +249,8 @@ def assess(
         left_out["memorisation"] = "The training images were not given; only their owner can look for copies."
     elif min(len(training.pixels), len(real.pixels)) < 100:
         left_out["memorisation"] = (
-            f"{len(training.pixels)} training and {len(real.pixels)} held-out images are too few: 100 of each are needed."
+            f"{len(training.pixels)} training and {len(real.pixels)} held-out images are too few: at least 100 of each"
+            " are needed."
         )
     else:
         known = crop(training.pixels, "pt") * 2 - 1
@@ -356,9 +357,7 @@ def _panel(neighbours: Neighbours, images: Tensor, known: Tensor, heldout: Tenso
     ratios = neighbours.distance / neighbours.mean_distance
     chosen = ratios.argsort()[:_PANEL]
     features = pixel_features(images[chosen])
-    nearest = [
-        some[torch.cdist(features, pixel_features(some)).argmin(1)] for some in (known, heldout)
-    ]
+    nearest = [some[torch.cdist(features, pixel_features(some)).argmin(1)] for some in (known, heldout)]
     return Panel(images[chosen], nearest[0], nearest[1], ratios[chosen])
 
 

@@ -49,7 +49,7 @@ def _svg_of(title: str) -> Callable[[Plot], Callable[..., str]]:
             with matplotlib.rc_context(_STYLE):
                 metadata = {"Date": None, "Creator": None}
                 draw(*args).savefig(buffer, format="svg", transparent=True, metadata=metadata)
-            return _inline(buffer.getvalue(), title)
+            return _inline(buffer.getvalue(), title, draw.__name__)
 
         return svg
 
@@ -64,11 +64,12 @@ def _drawing(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
     return figure, figure.subplots(1, columns)
 
 
-def _inline(text: str, title: str) -> str:
-    """One <svg> element without anything that a page around it could trip over."""
+def _inline(text: str, title: str, name: str) -> str:
+    """One <svg> element without anything that a page around it could trip over; its ids begin with `name`."""
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text[text.index("<svg") :], flags=re.DOTALL)
     used = set(re.findall(r'(?:url\(#|href="#)([\w-]+)', text))
-    text = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in used else "", text)
+    text = re.sub(r' id="([^"]+)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", text)
+    text = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", text)
     text = re.sub(r' xmlns(?::\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
     text = re.sub(r' (?:width|height)="[\d.]+pt"', "", text, count=2)  # the page decides; viewBox keeps the shape
     return text.replace("<svg", f'<svg role="img" aria-label="{title}"', 1).strip()

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from . import plots
 from .assessment import Assessment
-from .metrics.memorisation import EVIDENCE, FLAG
 from .metrics.membership import auroc_limit_of
+from .metrics.memorisation import EVIDENCE, FLAG
 from .privacy.budget import deltas_of, event_from_dict
 
 PAGE_NAME = "index.html"
