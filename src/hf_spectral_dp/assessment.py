@@ -307,8 +307,8 @@ def _drawn(pipeline: DPSpectralPipeline, model: Any, count: int, seed: int) -> t
     labels = torch.arange(count) * classes // count if classes else None
     generator = torch.Generator(model.device.type).manual_seed(seed)
     number = 1 if classes else count
-    images = chain(labels, number, generator=generator, output_type="pt", batch_size=_CHUNK).images
-    return images.cpu() * 2 - 1, labels
+    drawn: Any = chain(labels, number, generator=generator, output_type="pt", batch_size=_CHUNK)
+    return drawn.images.cpu() * 2 - 1, labels
 
 
 def _strips(pipeline: DPSpectralPipeline, seed: int) -> list[tuple[str, Tensor]]:
