@@ -34,6 +34,7 @@ def report(plan: PrivacyPlan = PLAN) -> dict:
             "learning_rate": 1e-3,
             "lr_scheduler": "constant",
             "processes": 1,
+            "conditioning": "none",
             "private_loss_logged": False,
         },
         post_processing=["exponential moving average of the weights, decay 0.99"],

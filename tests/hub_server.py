@@ -7,11 +7,16 @@ on the Hub; downloads of those are redirected to another address. Private reposi
 import base64
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qs, unquote, urlsplit
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
 
 TOKEN = "hf_" + "t" * 34
 _REGULAR = (".json", ".md", ".txt", ".py")
@@ -46,16 +51,20 @@ class HubServer:
             pass
 
         Handler.hub = hub
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
+        # The second is where large files lie: another host to the client, which must not send it the token.
+        self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), Handler) for _ in range(2)]
+        self.endpoint, self.storage = (f"http://127.0.0.1:{server.server_address[1]}" for server in self._servers)
+        self.tokens_at_storage: list[str] = []
 
     def __enter__(self) -> "HubServer":
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        for server in self._servers:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        for server in self._servers:
+            server.shutdown()
+            server.server_close()
 
     def files(self, repo_id: str) -> dict[str, bytes]:
         return self.repositories[repo_id].commits[-1][2]
@@ -100,8 +109,9 @@ class _Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length") or 0)
         body = self.rfile.read(length) if length else self._chunks()
         address = urlsplit(self.path)
-        self.query = parse_qs(address.query)
         self.hub.requests.append(f"{method} {address.path}")
+        if address.path.startswith("/objects/") and (token := self.headers.get("Authorization")):
+            self.hub.tokens_at_storage.append(token)
         for methods, pattern, name in self._ROUTES:
             found = re.fullmatch(pattern, address.path)
             if found and method in methods.split("|"):
@@ -150,8 +160,9 @@ class _Handler(BaseHTTPRequestHandler):
         asked = json.loads(body)
         repo = f"{asked.get('organization') or 'me'}/{asked['name']}"
         if repo in self.hub.repositories:
-            return self._fail(409, "RepoExists")
-        self.hub.repositories[repo] = Repository(private=bool(asked.get("private")))
+            address = json.dumps({"url": f"{self.hub.endpoint}/{repo}"}).encode()
+            return self._answer(409, address, X_Error_Code="RepoExists", Content_Type="application/json")
+        self.hub.repositories[repo] = Repository(private=asked.get("private") is True or asked.get("visibility") == "private")
         self.hub.repositories[repo].commit("initial commit", {".gitattributes": b"*.safetensors filter=lfs\n"})
         return self._json({"url": f"{self.hub.endpoint}/{repo}", "name": repo, "id": repo})
 
@@ -180,7 +191,7 @@ class _Handler(BaseHTTPRequestHandler):
         for entry in json.loads(body)["objects"]:
             answers.append(dict(entry))
             if entry["oid"] not in self.hub.objects:
-                answers[-1]["actions"] = {"upload": {"href": f"{self.hub.endpoint}/objects/{entry['oid']}"}}
+                answers[-1]["actions"] = {"upload": {"href": f"{self.hub.storage}/objects/{entry['oid']}"}}
         self._json({"transfer": "basic", "objects": answers})
 
     def _put(self, body: bytes, oid: str) -> None:
@@ -252,7 +263,7 @@ class _Handler(BaseHTTPRequestHandler):
         digest = hashlib.sha256(content).hexdigest()
         self.hub.objects[digest] = content
         return self._answer(
-            302, b"", Location=f"{self.hub.endpoint}/objects/{digest}", X_Repo_Commit=sha,
+            302, b"", Location=f"{self.hub.storage}/objects/{digest}", X_Repo_Commit=sha,
             X_Linked_Etag=f'"{digest}"', X_Linked_Size=str(len(content)),
         )  # fmt: skip
 
@@ -263,3 +274,20 @@ class _Handler(BaseHTTPRequestHandler):
 def _blob_id(content: bytes) -> str:
     """The name that git gives to a file's content."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def fresh(hub: HubServer, tmp_path: Path, code: str, *, token: str | None = TOKEN, **environment: str) -> Any:
+    """Runs code in a new process that knows the Hub and nothing else; what it prints last is JSON."""
+    settings = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
+        "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parents[1] / "src"), **environment,
+    }  # fmt: skip
+    if token is not None:
+        settings["HF_TOKEN"] = token
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=settings, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])

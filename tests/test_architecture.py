@@ -11,6 +11,7 @@ PACKAGE = ROOT / "src" / "hf_spectral_dp"
 
 # A module may import only modules of a smaller number. `privacy.*` knows nothing but itself.
 ORDER = [
+    "safe_loading",
     "wavelets",
     "layout",
     "configuration_spectral",
@@ -21,6 +22,7 @@ ORDER = [
     "privacy",
     "privacy_report",
     "released_files",
+    "remote_code",
     "report_rules",
     "verification",
     "checkpoint_files",
@@ -36,6 +38,7 @@ ORDER = [
     "card",
     "publication",
     "pipeline_spectral",
+    "registry",
     "assessment",
     "plots",
     "report",

@@ -1,18 +1,19 @@
 """The README made from the card: it says what a reader must know, and no text of the report becomes markup."""
 
-import random
 import re
+from functools import cache
 from pathlib import Path
 
 import jinja2
 import pytest
-from card_reports import PLAN, PLANS, SINGLE_PASS, TRUNCATED, body, changed, fields_of, report, save_pipeline, value_at
+from card_reports import PLAN, PLANS, PUBLISHED, SINGLE_PASS, TRUNCATED, body, changed, fields_of, report, save_pipeline, value_at
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from hf_spectral_dp import card as module
 from hf_spectral_dp.card import PrivacyCard
 from hf_spectral_dp.privacy.budget import round_up
+from hf_spectral_dp.privacy_report import run_report, statement
 
 
 @pytest.fixture
@@ -62,6 +63,18 @@ def test_another_relation_is_said_in_words(plan):
     assert "adding or removing" not in text and "added or removed" not in text and "zeroed out" in text
     assert f"| {plan.sampling}, rate 0.05 |".replace("_", "\\_") in text
     assert ("| Largest batch | 300 |" in text) == (plan is TRUNCATED)
+
+
+def test_what_prompts_do_not_protect_is_said_of_a_model_that_takes_them():
+    training = {**report()["training"], "conditioning": "text"}
+    run = run_report(
+        PLAN, PLAN.steps, "ab" * 32, clipping_norm=1.0, unit="one image with its captions", person=False,
+        noise_source="cipher", training=training,
+    )  # fmt: skip
+    text = PrivacyCard({**run, **PUBLISHED}).render()
+    assert ModelCard(text).data.pipeline_tag == "text-to-image" and "pipeline(prompt=" in text
+    assert "- Not covered: prompts that users type" in text and "- Not covered: a private caption used as a prompt" in text
+    assert "prompt" not in PrivacyCard(report()).render()
 
 
 def test_nothing_to_list_is_said_in_words():
@@ -123,37 +136,42 @@ def words(readme: str) -> str:
     return "".join(child.content if child.type.startswith("text") else "\n" for child in inline)
 
 
+@cache
 def free_text() -> list[tuple]:
-    paths = [path for path in fields_of(report()) if isinstance(value_at(report(), path), str)]
+    """The paths of all fields that take any text."""
+    fields = report()
+    paths = [path for path in fields_of(fields) if isinstance(value_at(fields, path), str)]
     paths += [("not_covered", 0), ("not_released", 0), ("limitations", 0)]
-    return [path for path in paths if _takes_any_text(path)]
+    return [path for path in paths if is_valid(changed(fields, path, "any text"))]
 
 
-def _takes_any_text(path: tuple) -> bool:
+def is_valid(fields: dict) -> bool:
     try:
-        PrivacyCard(changed(report(), path, "any text"))
+        PrivacyCard(fields)
     except ValueError:
         return False
     return True
 
 
-def test_no_text_of_the_report_becomes_markup():
+def filled(texts: list[str]) -> str:
+    """The README of a report whose every free field holds one of the texts, by turns."""
     fields = report()
+    for index, path in enumerate(free_text()):
+        node = value_at(fields, path[:-1])
+        node[path[-1]] = texts[index % len(texts)]
+    fields["claim"]["statement"] = statement(fields)  # made from the unit's definition
+    return PrivacyCard(fields).render()
+
+
+def test_no_text_of_the_report_becomes_markup():
     assert len(free_text()) >= 50
-    for path in free_text():
-        plain = shape(PrivacyCard(changed(fields, path, "plain")).render())
-        for text in random.Random(str(path)).sample(HOSTILE, 6):  # each text meets several fields; all pairs take long
-            assert shape(PrivacyCard(changed(fields, path, text)).render()) == plain, (path, text)
+    plain = shape(filled(["plain"]))
+    for turn in range(len(HOSTILE)):  # every text meets every field
+        rendered = filled(HOSTILE[turn:] + HOSTILE[:turn])
+        assert shape(rendered) == plain, turn
+        assert ModelCard(rendered).data.license == "apache-2.0"
     for text in HOSTILE:
-        rendered = {}
-        for value in (text, "plain"):
-            rendered[value] = fields = report()
-            fields["data"] = {"name": "digits", "split": value, "description": value}
-            fields["hyperparameter_tuning"]["statement"] = fields["contact"] = fields["software"][0]["name"] = value
-        hostile = PrivacyCard(rendered[text]).render()
-        assert shape(hostile) == shape(PrivacyCard(rendered["plain"]).render()), text
-        assert words(hostile).count(" ".join(text.split())) >= 5, text  # and it is still readable
-        assert ModelCard(hostile).data.license == "apache-2.0"
+        assert words(filled([text])).count(" ".join(text.split())) >= 50, text  # and it is still readable
 
 
 def test_formulas_and_control_characters_are_defused():

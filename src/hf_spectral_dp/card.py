@@ -122,11 +122,12 @@ class PrivacyCard:
         """The README: YAML front matter for the Hub, then Markdown. Text of the report cannot become markup."""
         report = self.report
         names = [entry["path"] for entry in report.get("released", [])]
+        prompted = report["training"]["conditioning"] == "text"
         whole = not names or "model_index.json" in names
         data = ModelCardData(
             license=report["license"],
             library_name="diffusers" if whole else "transformers",
-            pipeline_tag="unconditional-image-generation",
+            pipeline_tag="text-to-image" if prompted else "unconditional-image-generation",
             tags=["differential-privacy", "dp-sgd", "wavelet", "hf_spectral_dp"],
         )
         body = _template().render(

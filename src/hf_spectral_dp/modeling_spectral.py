@@ -17,9 +17,10 @@ from transformers.models.llama.modeling_llama import LlamaModel
 
 from .codec import SpectralCodec
 from .configuration_spectral import SpectralConfig
+from .safe_loading import SafetensorsOnly
 
 
-class SpectralTokenizerForCausalLM(PreTrainedModel, GenerationMixin):
+class SpectralTokenizerForCausalLM(SafetensorsOnly, PreTrainedModel, GenerationMixin):
     """Autoregressive model of `config.layout.length` wavelet tokens after one start token.
 
     Input ids are (B, 1 + t): a start token (`config.class_token_ids[label]` or `config.null_token_id`), then image

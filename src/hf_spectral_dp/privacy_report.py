@@ -57,7 +57,6 @@ def run_report(
     noise_source: Any,
     training: Mapping[str, Any],
     post_processing: Sequence[str] = (),
-    prompts: bool = False,
 ) -> dict[str, Any]:
     """The sections of `privacy.json` that a run knows; plain JSON values.
 
@@ -71,7 +70,6 @@ def run_report(
         noise_source: `GaussianNoise.source`.
         training: the section `training` of the schema.
         post_processing: what was computed from the noisy steps, in words.
-        prompts: whether the model takes prompts.
     """
     logged = bool(training["private_loss_logged"])
     report: dict[str, Any] = {
@@ -170,8 +168,9 @@ def run_report(
             "whatever else is released from the same data: its cost adds to this one",
             "the public data that other parts were made from",
             "who watches the machine, its clock or its logs while it trains",
-            *(["prompts that users type", "private captions used as prompts, which are not protected by this training"]
-              if prompts else []),
+            *(["prompts that users type: they are no part of the private data, and whoever runs the model sees them",
+               "a private caption used as a prompt: who sees the prompt, or an image beside it, sees what it says"]
+              if training["conditioning"] == "text" else []),
         ],
         "limitations": [
             "The guarantee is that of real-valued Gaussian noise; computers add floating-point numbers.",

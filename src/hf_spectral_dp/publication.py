@@ -1,11 +1,16 @@
-"""The one way out: a saved pipeline or model with its card, in one commit, and nothing that lies beside them."""
+"""To the Hub and back: a saved pipeline or model with its card in one commit, and nothing that lies beside them."""
 
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, snapshot_download
 
 from .card import PrivacyCard
-from .released_files import public_files
+from .released_files import README_NAME, REPORT_NAME, SAMPLES_NAME, is_public, public_files
+
+# What may be fetched: data that the installed classes read. No code, and no pickle, which could carry some; no name that
+# leads out of the folder. `*` also matches slashes.
+_WANTED = ["*.json", "*.safetensors", README_NAME, SAMPLES_NAME, "LICENSE*", "*/vocab.txt", "*/merges.txt", "*.model"]
+_UNWANTED = ["*..*", "/*", ".*", "*/.*", "*\\*", "*:*"]
 
 
 def publish(
@@ -18,7 +23,10 @@ def publish(
     commit_message: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Uploads a saved pipeline with its card to the Hub: the files of `public_files`, whatever else is there.
+    """Uploads a saved pipeline, or a model alone, with its card to the Hub: the files of the card.
+
+    What an earlier upload left there and this one does not hold goes in the same commit, so that the repository never
+    holds weights of which the card does not speak.
 
     Args:
         folder: where the pipeline and its card were saved.
@@ -39,14 +47,63 @@ def publish(
         )
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    names = public_files(folder)
+    stale = [
+        name
+        for name in api.list_repo_files(repo_id, revision=revision)
+        if name not in names and (is_public(name) or is_public(name, pipeline=False))
+    ]
     commit = api.create_commit(
         repo_id,
-        [CommitOperationAdd(path_in_repo=name, path_or_fileobj=Path(folder) / name) for name in public_files(folder)],
+        [
+            *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=Path(folder) / name) for name in names),
+            *(CommitOperationDelete(path_in_repo=name) for name in stale),
+        ],
         revision=revision,
-        commit_message=commit_message or "Upload DPSpectralPipeline with its privacy card",
+        commit_message=commit_message or "Upload model with its privacy card",
         create_pr=create_pr,
     )
     return str(commit)
 
 
-__all__ = ["publish"]
+def fetch(
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    force_download: bool = False,
+    local_files_only: bool = False,
+    with_code: bool = False,
+) -> str:
+    """Downloads a published pipeline or model into the cache: data files only, and nothing is run.
+
+    Args:
+        repo_id: Hub id, "owner/name".
+        revision, token, cache_dir, force_download, local_files_only: as in `huggingface_hub`.
+        with_code: also source files, to compare them with the card.
+
+    Returns:
+        The local folder.
+    """
+    return snapshot_download(
+        repo_id,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        force_download=force_download,
+        local_files_only=local_files_only,
+        allow_patterns=[*_WANTED, "*.py"] if with_code else _WANTED,
+        ignore_patterns=_UNWANTED,
+    )
+
+
+def strangers(repo_id: str, folder: str | Path, *, revision: str | None = None, token: str | None = None) -> list[str]:
+    """Names of the files in a repository that its card does not list, hidden ones aside. `fetch` leaves most of them."""
+    listed = {entry["path"] for entry in PrivacyCard.load(folder).report["released"]} | {README_NAME, REPORT_NAME}
+    names = HfApi(token=token).list_repo_files(repo_id, revision=revision)
+    hidden = [name for name in names if any(part.startswith(".") for part in name.split("/"))]
+    return sorted(set(names) - listed - set(hidden))
+
+
+__all__ = ["fetch", "publish", "strangers"]

@@ -2,7 +2,8 @@
 
 An allow-list, because the folder of a run also holds what must stay: token rows, the ledger, optimizer states, random
 states, the files of checkpoints. A pipeline lies in a folder of its own, with one folder per component; a model alone
-lies in one folder without any. No file on the list can hold code or a pickle.
+lies in one folder without any. No file on the list can hold a pickle, and none of a pipeline can hold code; a model alone
+may have this package's own source files beside it, see `remote_code.py`.
 """
 
 import hashlib
@@ -35,7 +36,8 @@ _PIPELINE = re.compile(
     rf"|super_resolution/(model_index\.json|(unet|vae|vqvae|text_encoder)/({_MODEL})|tokenizer/({_TOKENIZER})"
     r"|(low_res_)?scheduler/scheduler_config\.json)"
 )
-_MODEL_ALONE = re.compile(rf"{_CARD}|{_BESIDE}|{_MODEL}|preprocessor_config\.json")
+_SOURCES = "|".join(sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem != "__init__"))
+_MODEL_ALONE = re.compile(rf"{_CARD}|{_BESIDE}|{_MODEL}|preprocessor_config\.json|({_SOURCES})\.py")
 
 
 def is_public(name: str, pipeline: bool = True) -> bool:

@@ -16,6 +16,8 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .safe_loading import SafetensorsOnly
+
 Resampling = Literal["nearest", "bicubic", "lanczos"]
 RESAMPLING_MODES: tuple[str, ...] = get_args(Resampling)
 
@@ -63,7 +65,7 @@ class _ResidualBlock(nn.Module):
         return hidden + self.second(F.gelu(self.first(hidden)))
 
 
-class SpectralSuperResolution(PreTrainedModel):
+class SpectralSuperResolution(SafetensorsOnly, PreTrainedModel):
     """Small residual upscaler for box-filtered (area-averaged) images, trained on PUBLIC images only.
 
     One doubling is: bicubic upsampling plus a predicted residual (pixel shuffle), minus its own block means, times

@@ -259,7 +259,7 @@ class DPTrainer(QuietTrainer):
 
     def privacy_report(self) -> dict[str, Any]:
         """What was guaranteed and by which mechanism, for the steps that really ran; plain JSON values for the card."""
-        args, post_processing = self.args, []
+        args, config, post_processing = self.args, getattr(self.model, "config", None), []
         if args.ema_decay:
             post_processing.append(f"exponential moving average of the weights, decay {args.ema_decay:g}")
         if args.public_interpolation != 1:
@@ -279,6 +279,7 @@ class DPTrainer(QuietTrainer):
                 "learning_rate": args.learning_rate,
                 "lr_scheduler": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
                 "processes": args.world_size,
+                "conditioning": getattr(config, "conditioning", "class" if getattr(config, "num_classes", 0) else "none"),
                 "private_loss_logged": args.log_private_loss,
             },
             post_processing=post_processing,
