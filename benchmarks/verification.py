@@ -6,8 +6,8 @@ removed and swapped; records of the ledger dropped, repeated and taken from anot
 figures of the claim and of the mechanism, where the forger makes the rest of the card, its hash and its README agree.
 Every edit must be rejected by the command, and the untouched folder must not be.
 
-What no edit here can show: a forger who rewrites card, README, hashes and event together tells another story of the same
-weights, and only the ledger, which stays with the curator, speaks against that.
+What no edit here can show: a forger who rewrites card, README, hashes and event together tells another story of the
+same weights, and only the ledger, which stays with the curator, speaks against that.
 """
 
 import argparse
@@ -167,7 +167,7 @@ def edit_files(folder: Path, generator: random.Random) -> str:
     elif kind == "rename":
         (root / name).rename(root / f"{name}{generator.randrange(10)}")
     elif kind == "add":
-        extra = generator.choice(["model/pytorch_model.bin", "model/adapter.safetensors", "run.py", "notes.txt", "x.json"])
+        extra = generator.choice(["model/pytorch_model.bin", "model/more.safetensors", "run.py", "notes.txt", "x.json"])
         (root / extra).write_bytes(b"{}")
     else:
         first, second = generator.sample(names, 2)
@@ -246,8 +246,7 @@ def measure(edits: int, base: Path, seed: int = 0) -> list[dict[str, Any]]:
     train(original)
     train(other)
     shutil.copyfile(other / "ledger.jsonl", original / "other.jsonl")
-    for name in ("training",):
-        shutil.rmtree(original / name)
+    shutil.rmtree(original / "training")
     rows = [{"check": "the untouched folder is accepted", "tried": 1, "failed": int(rejected(original))}]
     generator = random.Random(seed)
     for check, (edit, share) in EDITS.items():

@@ -33,8 +33,8 @@ def public_facts(folder: Path) -> dict[str, Any]:
     readme = ModelCard((folder / README_NAME).read_text(encoding="utf-8"))
     if not _PUBLIC.search(readme.content) or not readme.data.license:
         raise ValueError(
-            f"{folder / README_NAME} must say that it was trained on public data, and its license; or {REPORT_NAME} must"
-            " say what was guaranteed."
+            f"{folder / README_NAME} must say that it was trained on public data, and its license; or {REPORT_NAME}"
+            " must say what was guaranteed."
         )
     return {
         "checkpoint": folder.name,

@@ -10,9 +10,7 @@ from hf_spectral_dp.privacy.budget import PrivacyPlan
 from hf_spectral_dp.privacy_report import run_report, statement
 
 # Much noise and few steps: the accountant answers at once.
-PLAN = PrivacyPlan(
-    num_examples=5000, sampling_rate=0.05, steps=4, noise_multiplier=5.0, target_epsilon=1.0, delta=2e-5
-)
+PLAN = PrivacyPlan(num_examples=5000, sampling_rate=0.05, steps=4, noise_multiplier=5.0, target_epsilon=1.0, delta=2e-5)
 TRUNCATED = dataclasses.replace(PLAN, sampling="truncated_poisson", max_batch_size=300)
 SINGLE_PASS = dataclasses.replace(PLAN, sampling="single_pass", noise_multiplier=9.0, steps=30)  # 1.5 passes of 20
 PLANS = [PLAN, TRUNCATED, SINGLE_PASS]
@@ -52,8 +50,9 @@ PUBLISHED = {
     },
     "audit": [
         {
-            "attack": "one-run audit", "quantity": "epsilon", "shown": 0.01, "claimed": 1.0, "confidence": 0.95, "n": 500,
-            "control": "no noise", "control_shown": 3.5, "control_caught": True, "verdict": "not refuted", "note": "",
+            "attack": "one-run audit", "quantity": "epsilon", "shown": 0.01, "claimed": 1.0, "confidence": 0.95,
+            "n": 500, "control": "no noise", "control_shown": 3.5, "control_caught": True, "verdict": "not refuted",
+            "note": "",
         },
     ],
     "utility": [
@@ -62,7 +61,7 @@ PUBLISHED = {
             "private": True, "accounted": False, "note": "one seed",
         },
     ],
-    "reproduce": {"train": "accelerate launch examples/train.py --config digits.yaml", "verify": "hf-spectral-dp verify"},
+    "reproduce": {"train": "accelerate launch examples/train.py --config x.yaml", "verify": "hf-spectral-dp verify"},
     "license": "apache-2.0",
     "contact": "the publisher of this repository",
 }  # fmt: skip
@@ -127,4 +126,4 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def body(readme: str) -> str:
     """The Markdown after the front matter."""
-    return readme.split("---\n", 2)[2]
+    return readme.split("\n---\n", 1)[1]

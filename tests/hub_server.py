@@ -1,7 +1,8 @@
 """A Hub on the loopback interface: the routes of upload and download that `huggingface_hub` speaks, held in memory.
 
-The client on the other side is the true one. Small text files travel inside the commit, all else by the LFS protocol, as
-on the Hub; downloads of those are redirected to another address. Private repositories are missing for who has no token.
+The client on the other side is the true one. Small text files travel inside the commit, all else by the LFS protocol,
+as on the Hub; downloads of those are redirected to another address. Private repositories are missing for who has no
+token.
 """
 
 import base64
@@ -39,7 +40,7 @@ class Repository:
 
 
 class HubServer:
-    """Runs while the block lasts; `endpoint` is its address, `repositories` what it holds, `requests` what was asked."""
+    """Runs for a block; `endpoint` is its address, `repositories` what it holds, `requests` what was asked."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
@@ -162,7 +163,8 @@ class _Handler(BaseHTTPRequestHandler):
         if repo in self.hub.repositories:
             address = json.dumps({"url": f"{self.hub.endpoint}/{repo}"}).encode()
             return self._answer(409, address, X_Error_Code="RepoExists", Content_Type="application/json")
-        self.hub.repositories[repo] = Repository(private=asked.get("private") is True or asked.get("visibility") == "private")
+        private = asked.get("private") is True or asked.get("visibility") == "private"
+        self.hub.repositories[repo] = Repository(private)
         self.hub.repositories[repo].commit("initial commit", {".gitattributes": b"*.safetensors filter=lfs\n"})
         return self._json({"url": f"{self.hub.endpoint}/{repo}", "name": repo, "id": repo})
 
@@ -244,7 +246,8 @@ class _Handler(BaseHTTPRequestHandler):
                     continue
                 entry = {"type": "file", "path": name, "size": len(content), "oid": _blob_id(content)}
                 if not name.endswith(_REGULAR):
-                    entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+                    digest = hashlib.sha256(content).hexdigest()
+                    entry["lfs"] = {"oid": digest, "size": len(content), "pointerSize": 130}
                 entries.append(entry)
             if below and not entries:
                 return self._fail(404, "EntryNotFound")

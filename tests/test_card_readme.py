@@ -6,7 +6,19 @@ from pathlib import Path
 
 import jinja2
 import pytest
-from card_reports import PLAN, PLANS, PUBLISHED, SINGLE_PASS, TRUNCATED, body, changed, fields_of, report, save_pipeline, value_at
+from card_reports import (
+    PLAN,
+    PLANS,
+    PUBLISHED,
+    SINGLE_PASS,
+    TRUNCATED,
+    body,
+    changed,
+    fields_of,
+    report,
+    save_pipeline,
+    value_at,
+)
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
@@ -27,6 +39,9 @@ def test_the_readme_has_front_matter_for_the_hub(folder):
     assert data.library_name == "diffusers"
     assert data.pipeline_tag == "unconditional-image-generation"
     assert data.tags == ["differential-privacy", "dp-sgd", "wavelet", "hf_spectral_dp"]
+    (result,) = data.eval_results
+    assert (result.dataset_name, result.dataset_type, result.metric_type) == ("digits, test", "digits-test", "accuracy")
+    assert result.metric_value == 0.83 and "!!python" not in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize("readme", ["---\nlicense: [\n---\n", "---\n- 1\n---\n", "no front matter", b"\xff"])
@@ -73,7 +88,8 @@ def test_what_prompts_do_not_protect_is_said_of_a_model_that_takes_them():
     )  # fmt: skip
     text = PrivacyCard({**run, **PUBLISHED}).render()
     assert ModelCard(text).data.pipeline_tag == "text-to-image" and "pipeline(prompt=" in text
-    assert "- Not covered: prompts that users type" in text and "- Not covered: a private caption used as a prompt" in text
+    assert "- Not covered: prompts that users type" in text
+    assert "- Not covered: a private caption used as a prompt" in text
     assert "prompt" not in PrivacyCard(report()).render()
 
 
@@ -177,7 +193,7 @@ def test_no_text_of_the_report_becomes_markup():
 def test_formulas_and_control_characters_are_defused():
     text = PrivacyCard(changed(report(), ("data", "name"), "a\u202eb\x00c $x$ \\(y\\)")).render()
     assert "a b c &#36;x&#36; &#92;(y&#92;)" in text
-    assert not re.search("[\u202e\x00$\\\\](?![*_|~#`\\[\\]])", text)
+    assert not re.search("[\u202e\x00$\\\\](?![*_|~#`\\[\\]])", body(text))
 
 
 def test_a_command_stays_in_its_block():

@@ -71,7 +71,8 @@ def test_registry_prints_a_record(folder, capsys):
     given = ["--curator", "A hospital", "--intended_use", "teaching", "--region", "Utopia", "--author", "somebody"]
     assert main(["registry", str(folder), *given, "--publication_date", "2026-11-24"]) == 0
     record = yaml.safe_load(capsys.readouterr().out)
-    assert record["tier"] == 3 and record["deployment"]["privacy_loss"]["privacy_parameters"]["epsilon"] == PLAN.epsilon()
+    assert record["tier"] == 3
+    assert record["deployment"]["privacy_loss"]["privacy_parameters"]["epsilon"] == PLAN.epsilon()
     assert main(["registry", str(folder), *given, "--publication_date", "24.11.2026"]) == 1
     assert "publication_date: '24.11.2026' is not a 'date'" in capsys.readouterr().err
 
@@ -104,7 +105,10 @@ def test_wrong_usage_is_explained(arguments, capsys):
     assert "usage: hf-spectral-dp" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments, words", [(["-h"], ["verify", "card"]), (["verify", "-h"], ["FOLDER_OR_HUB_ID", "--revision", "--ledger"])])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [(["-h"], ["verify", "card", "registry"]), (["verify", "-h"], ["FOLDER_OR_HUB_ID", "--revision", "--ledger"])],
+)
 def test_help_is_helpful(arguments, words, capsys):
     with pytest.raises(SystemExit) as ended:
         main(arguments)

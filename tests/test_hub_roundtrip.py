@@ -11,6 +11,7 @@ import pytest
 import torch
 from card_reports import report
 from conftest import tiny_model
+from diffusers import DiffusionPipeline
 from hub_server import TOKEN, HubServer, Repository, fresh
 
 from hf_spectral_dp import DPSpectralPipeline, PrivacyCard, SpectralImageProcessor, SpectralTokenizerForCausalLM
@@ -51,32 +52,52 @@ def images_of(pipeline) -> list[float]:
 
 IMAGES = inspect.getsource(images_of)
 
+# One process uploads everything, every download has a fresh one of its own.
 PUSH = """
 import json
-from hf_spectral_dp import DPSpectralPipeline
+from hf_spectral_dp import DPSpectralPipeline, SpectralImageProcessor, SpectralSuperResolution
+from hf_spectral_dp import SpectralTokenizerForCausalLM
+from hf_spectral_dp.cli import main
+from hf_spectral_dp.publication import publish
 pipeline = DPSpectralPipeline.from_pretrained({folder!r})
-print(json.dumps(pipeline.push_to_hub("me/digits", private=True)))
+address = pipeline.push_to_hub("me/digits", private=True)
+SpectralTokenizerForCausalLM.from_pretrained({prior!r}).push_to_hub("me/prior")
+SpectralImageProcessor.from_pretrained({prior!r}).push_to_hub("me/prior")
+SpectralSuperResolution.from_pretrained({detail!r}).push_to_hub("me/detail")
+publish({exported!r}, "me/with-code")
+print(json.dumps([address, main(["verify", "me/digits"]), main(["verify", "me/with-code"])]))
 """
 
 
 @pytest.fixture(scope="module")
-def pushed(hub, saved, tmp_path_factory) -> str:
-    """The address of the commit."""
-    return fresh(hub, tmp_path_factory.mktemp("push"), PUSH.format(folder=str(saved)))
+def pushed(hub, saved, tmp_path_factory) -> list:
+    """The address of the pipeline's commit, and what `verify` said of it and of a model with its code."""
+    base = tmp_path_factory.mktemp("push")
+    model = SpectralTokenizerForCausalLM.from_pretrained(saved / "model")
+    processor = SpectralImageProcessor.from_pretrained(saved / "image_processor")
+    save_with_code(model, processor, base / "exported")
+    PrivacyCard(report()).save(base / "exported")
+    for component in (model, processor):
+        component.save_pretrained(base / "prior")
+    DPSpectralPipeline.from_pretrained(saved).super_resolution.save_pretrained(base / "detail")
+    places = {name: str(base / name) for name in ("exported", "prior", "detail")}
+    return fresh(hub, base, PUSH.format(folder=str(saved), **places))
 
 
 def test_one_commit_of_exactly_the_released_files(hub, saved, pushed):
     repository = hub.repositories["me/digits"]
     (_, _, before), (sha, message, after) = repository.commits
-    assert repository.private and pushed == f"{hub.endpoint}/me/digits/commit/{sha}"
+    assert repository.private and pushed == [f"{hub.endpoint}/me/digits/commit/{sha}", 0, 0]
     assert set(before) == {".gitattributes"} and message == "Upload model with its privacy card"
     assert set(after) - set(before) == FILES and all(map(is_public, FILES))
     assert all(after[name] == (saved / name).read_bytes() for name in FILES)
     assert hub.tokens_at_storage == []
-    assert [line for line in hub.requests if "/commit/" in line] == ["POST /api/models/me/digits/commit/main"]
+    assert hub.requests.count("POST /api/models/me/digits/commit/main") == 1
 
 
-PULL = IMAGES + """
+PULL = (
+    IMAGES
+    + """
 import json, torch
 from hf_spectral_dp import DPSpectralPipeline
 first = DPSpectralPipeline.from_pretrained("me/digits", cache_dir="cache")
@@ -92,6 +113,7 @@ for options in ({{"revision": "{initial}"}}, {{"revision": "no-such-branch"}}, {
         errors.append(f"{{type(error).__name__}}: {{error}}")
 print(json.dumps([[images_of(pipeline) for pipeline in (first, again, named)], errors]))
 """
+)
 
 
 def test_a_fresh_process_draws_the_same_images_from_the_hub(hub, saved, pushed, tmp_path):
@@ -106,11 +128,14 @@ def test_a_fresh_process_draws_the_same_images_from_the_hub(hub, saved, pushed, 
     assert "use_safetensors=False would read a pickle" in pickles
     assert "Error" in missing
     # Another process, no network at all, the cache of the first.
-    code = IMAGES + """
+    code = (
+        IMAGES
+        + """
 import json, torch
 from hf_spectral_dp import DPSpectralPipeline
 print(json.dumps(images_of(DPSpectralPipeline.from_pretrained("me/digits", cache_dir="cache"))))
 """
+    )
     asked = len(hub.requests)
     assert fresh(hub, tmp_path, code, token=None, HF_HUB_OFFLINE="1") == images[0] and len(hub.requests) == asked
 
@@ -127,7 +152,7 @@ try:
     error = ""
 except ValueError as found:
     error = str(found)
-outside = sorted(str(path) for path in Path("home").rglob("*") if "outside" in path.name)
+outside = sorted(str(path) for path in Path("home").rglob("*") if "outside" in path.name or path.suffix == ".bin")
 print(json.dumps([codes, error, outside]))
 """
 
@@ -173,28 +198,18 @@ exact = hf_spectral_dp.SpectralTokenizerForCausalLM.from_pretrained("me/prior", 
 torch.manual_seed(0)
 tokens = model.sample(torch.tensor([3]))
 kinds = [f"{type(x).__module__}.{type(x).__name__}" for x in (model, processor, network, exact)]
-print(json.dumps([unknown, kinds, tokens.tolist(), model.generation_config.max_length, AutoConfig.from_pretrained("me/prior").image_size]))
-"""
-PUSH_ALONE = """
-import json
-from hf_spectral_dp import SpectralImageProcessor, SpectralSuperResolution, SpectralTokenizerForCausalLM
-from transformers import AutoModelForCausalLM
-model = SpectralTokenizerForCausalLM.from_pretrained({model!r})
-model.push_to_hub("me/prior")
-SpectralImageProcessor.from_pretrained({processor!r}).push_to_hub("me/prior")
-SpectralSuperResolution.from_pretrained({network!r}).push_to_hub("me/detail")
-print(json.dumps(1))
+side = AutoConfig.from_pretrained("me/prior").image_size
+print(json.dumps([unknown, kinds, tokens.tolist(), model.generation_config.max_length, side]))
 """
 
 
-def test_nothing_imports_the_package_but_once_imported_the_auto_classes_know_it(hub, saved, tmp_path):
-    names = {"model": "model", "processor": "image_processor", "network": "super_resolution"}
-    places = {name: str(saved / folder) for name, folder in names.items()}
-    fresh(hub, tmp_path, PUSH_ALONE.format(**places))
+def test_nothing_imports_the_package_but_once_imported_the_auto_classes_know_it(hub, saved, pushed, tmp_path):
     files = hub.files("me/prior")
     weights = {"config.json", "generation_config.json", "model.safetensors", "preprocessor_config.json"}
     assert set(files) == {".gitattributes", "README.md", *weights}
     assert files["model.safetensors"] == (saved / "model" / "model.safetensors").read_bytes()
+    stock = files["README.md"].decode()
+    assert "library_name: transformers" in stock and "differential" not in stock  # transformers' own, without a claim
     unknown, kinds, tokens, length, side = fresh(hub, tmp_path, ALONE)
     assert "spectral_tokenizer" in unknown and "does not recognize" in unknown
     assert kinds == [
@@ -227,26 +242,27 @@ tokens = model.sample(torch.tensor([3]))
 pixels = processor(torch.zeros(16, 16))["pixel_values"]
 print(json.dumps([errors, tokens.tolist(), type(model).__module__, list(pixels.shape), model.decode(tokens).shape[-1]]))
 """
-PUSH_CODE = """
-import json
-from hf_spectral_dp.cli import main
-from hf_spectral_dp.publication import publish
-publish({folder!r}, "me/with-code")
-print(json.dumps(main(["verify", "me/with-code"])))
-"""
 
 
-def test_a_class_whose_name_holds_tokenizer_loads_by_remote_code_without_the_package(hub, saved, tmp_path):
-    folder = tmp_path / "exported"
-    model = SpectralTokenizerForCausalLM.from_pretrained(saved / "model")
-    save_with_code(model, SpectralImageProcessor.from_pretrained(saved / "image_processor"), folder)
-    config = json.loads((folder / "config.json").read_text())
-    assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_spectral.SpectralTokenizerForCausalLM"
-    PrivacyCard(report()).save(folder)
-    assert "SpectralTokenizerForCausalLM.from_pretrained" in (folder / "README.md").read_text()
-    assert fresh(hub, tmp_path, PUSH_CODE.format(folder=str(folder))) == 0
+def test_a_class_whose_name_holds_tokenizer_loads_by_remote_code_without_the_package(hub, saved, pushed, tmp_path):
+    config, readme = (hub.files("me/with-code")[name].decode() for name in ("config.json", "README.md"))
+    assert json.loads(config)["auto_map"]["AutoModelForCausalLM"] == "modeling_spectral.SpectralTokenizerForCausalLM"
+    assert "SpectralTokenizerForCausalLM.from_pretrained" in readme
     errors, tokens, module, shape, side = fresh(hub, tmp_path, WITHOUT, HF_MODULES_CACHE=str(tmp_path / "modules"))
     assert len(errors) == 3 and all("trust_remote_code" in error for error in errors)
+    model = SpectralTokenizerForCausalLM.from_pretrained(saved / "model")
     torch.manual_seed(0)
     assert tokens == model.sample(torch.tensor([3])).tolist()
     assert module.startswith("transformers_modules.") and shape == [1, 1, 16, 16] and side == model.config.coarse_size
+
+
+def test_weights_do_not_leave_their_card_behind(saved):
+    with pytest.raises(ValueError, match="pipeline' holds a privacy card, which would stay behind"):
+        SpectralTokenizerForCausalLM.from_pretrained(saved / "model").push_to_hub("me/model")
+    with pytest.raises(ValueError, match="holds a privacy card"):
+        DPSpectralPipeline.from_pretrained(saved).model.push_to_hub("me/model")
+
+
+def test_the_generic_pipeline_class_does_not_know_ours(saved):
+    with pytest.raises(AttributeError, match="DPSpectralPipeline"):  # so the class says: load it with the class itself
+        DiffusionPipeline.from_pretrained(saved)

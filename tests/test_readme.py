@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands, from top to bottom, in a fresh process with small files in the places it names."""
+"""The README's Python runs as it stands, from top to bottom, in a fresh process; small files lie where it looks."""
 
 import json
 import re

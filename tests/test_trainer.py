@@ -51,7 +51,7 @@ def test_a_run_spends_its_budget_and_reports_it(tmp_path):
     assert report["claim"]["epsilon"] == trainer.plan.epsilon(6) == trainer.epsilon_spent
     assert report["mechanism"]["charged_steps"] == report["accounting"]["ledger"]["records"] == 6
     ledger = read_ledger(tmp_path / LEDGER)
-    assert ledger["charged"] == 6 and ledger["head"] == report["ledger"]["head"]
+    assert ledger["charged"] == 6 and ledger["head"] == report["accounting"]["ledger"]["head"]
     json.dumps(report, allow_nan=False)
 
 

@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
@@ -83,7 +83,8 @@ class PrivacyCard:
         except ValueError as error:
             raise ValueError(f"{path} is no readable JSON ({error}); restore it, or save the card again.") from error
         if not isinstance(report, dict):
-            raise ValueError(f"{path} holds a {type(report).__name__}, not a report; restore it, or save the card again.")
+            kind = type(report).__name__
+            raise ValueError(f"{path} holds a {kind}, not a report; restore it, or save the card again.")
         card = cls(report)
         if "released" not in report:
             raise ValueError(f"released is missing in {path}: {rule(('released',))}.")
@@ -124,10 +125,13 @@ class PrivacyCard:
         names = [entry["path"] for entry in report.get("released", [])]
         prompted = report["training"]["conditioning"] == "text"
         whole = not names or "model_index.json" in names
+        task = "text-to-image" if prompted else "unconditional-image-generation"
         data = ModelCardData(
             license=report["license"],
             library_name="diffusers" if whole else "transformers",
-            pipeline_tag="text-to-image" if prompted else "unconditional-image-generation",
+            pipeline_tag=task,
+            model_name=_one_line(report["data"]["name"]) or "unnamed",
+            eval_results=[_eval_result(task, row) for row in report["utility"]] or None,
             tags=["differential-privacy", "dp-sgd", "wavelet", "hf_spectral_dp"],
         )
         body = _template().render(
@@ -135,7 +139,6 @@ class PrivacyCard:
             certainty=_certainty(report["claim"]["epsilon"]),
             samples=SAMPLES_NAME in names,
             pipeline=whole,
-            names=names,
             sha256=self.sha256,
         )
         return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")).rstrip() + "\n"
@@ -212,6 +215,22 @@ _HARMLESS = str.maketrans(
 )
 
 
+def _eval_result(task: str, row: Mapping[str, Any]) -> EvalResult:
+    """A figure as the Hub shows it beside a model."""
+    return EvalResult(
+        task_type=task,
+        dataset_type=_slug(row["dataset"]),
+        dataset_name=_one_line(row["dataset"]),
+        metric_type=_slug(row["metric"]),
+        metric_name=_one_line(row["metric"]),
+        metric_value=row["value"],
+    )
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "unnamed"
+
+
 def _certainty(epsilon: float) -> str:
     """How sure of a fact somebody can become who held it for as likely as not: 1 / (1 + exp(-epsilon)), in percent."""
     return _percent(1 / (1 + math.exp(-epsilon)))
@@ -224,8 +243,12 @@ def _percent(share: float) -> str:
 
 def _as_code(text: str) -> Markup:
     """Text inside a fenced block: one line, in which nothing ends the block."""
-    line = " ".join("".join(character if character.isprintable() else " " for character in text).split())
-    return Markup(line.replace("`", "'").replace("~~~", "~"))
+    return Markup(_one_line(text).replace("`", "'").replace("~~~", "~"))
+
+
+def _one_line(text: str) -> str:
+    """Text without line breaks, which would start a new block, and control characters, which could turn it around."""
+    return " ".join("".join(character if character.isprintable() else " " for character in text).split())
 
 
 def _as_text(value: Any) -> str:
@@ -235,9 +258,7 @@ def _as_text(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "none", True: "yes", False: "no"}[value]
     text = json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else str(value)
-    # Line breaks would start a new block; control characters could reverse the reading direction.
-    text = " ".join("".join(character if character.isprintable() else " " for character in text).split())
-    text = text.translate(_HARMLESS)
+    text = _one_line(text).translate(_HARMLESS)
     return re.sub(r"^(\d*)([-+=.)])(?=[\s=-]|$)", r"\1\\\2", text)  # would begin a list, a rule or a heading
 
 

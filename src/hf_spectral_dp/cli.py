@@ -105,7 +105,9 @@ def _verify(arguments: argparse.Namespace) -> int:
     folder, strange = Path(arguments.where), None
     if not folder.is_dir():
         if arguments.where.count("/") != 1 or folder.exists():
-            raise FileNotFoundError(f"{arguments.where} does not exist as a folder and is no Hub id (owner/name); name one of these.")
+            raise FileNotFoundError(
+                f"{arguments.where} does not exist as a folder and is no Hub id (owner/name); name one of these."
+            )
         folder = Path(fetch(arguments.where, revision=arguments.revision, with_code=True))
         strange = strangers(arguments.where, folder, revision=arguments.revision)
     elif arguments.revision is not None:

@@ -1,8 +1,8 @@
 """What a training run says of itself: the plan and what became of it, as the sections of `privacy.json`.
 
-The figures come from the accountant, the sentences are fixed and each holds for every run of this package. What only the
-publisher knows (the data, the public parts, other looks at the data, figures of quality) is added for the card; see
-`templates/privacy.schema.json`.
+The figures come from the accountant, the sentences are fixed and each holds for every run of this package. What only
+the publisher knows (the data, the public parts, other looks at the data, figures of quality) is added for the card;
+see `templates/privacy.schema.json`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ _MECHANISMS = {
 }
 _INDICES = {
     "poisson": "all units; each enters each batch independently",
-    "truncated_poisson": "all units; each enters each batch independently, then a uniform subset up to the largest batch",
+    "truncated_poisson": "all units; each enters each batch independently, then a uniform subset of the largest size",
     "single_pass": "a stream in its order; every place is in one batch of each pass",
 }
 _COMPOSITIONS = {
@@ -41,9 +41,7 @@ def statement(report: Mapping[str, Any]) -> str:
     """The guarantee in one sentence, from the other fields of a report."""
     claim, unit = report["claim"], report["unit"]["definition"]
     change = _CHANGES[report["adjacency"]["relation"]].format(unit)
-    return (
-        f"Training was (ε = {claim['epsilon']}, δ = {claim['delta']})-differentially private under {change}."
-    )
+    return f"Training was (ε = {claim['epsilon']}, δ = {claim['delta']})-differentially private under {change}."
 
 
 def run_report(
@@ -146,7 +144,7 @@ def run_report(
             {"name": "fine-tuning on the private data", "private": True,
              "note": "costs the whole claim; the weights of all steps are covered, so optimizer, schedule and"
              " checkpoints are post-processing"},
-            *({"name": step, "private": False, "note": "post-processing of the noisy steps"} for step in post_processing),
+            *({"name": step, "private": False, "note": "post-processing of the steps"} for step in post_processing),
             {"name": "sampling and super-resolution", "private": False,
              "note": "post-processing: any number of images, at no further cost"},
         ],

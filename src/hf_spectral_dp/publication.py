@@ -7,10 +7,10 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, sn
 from .card import PrivacyCard
 from .released_files import README_NAME, REPORT_NAME, SAMPLES_NAME, is_public, public_files
 
-# What may be fetched: data that the installed classes read. No code, and no pickle, which could carry some; no name that
-# leads out of the folder. `*` also matches slashes.
+# What may be fetched: data that the installed classes read. No code, and no pickle, which could carry some; no name
+# that leads out of the folder. `*` also matches slashes.
 _WANTED = ["*.json", "*.safetensors", README_NAME, SAMPLES_NAME, "LICENSE*", "*/vocab.txt", "*/merges.txt", "*.model"]
-_UNWANTED = ["*..*", "/*", ".*", "*/.*", "*\\*", "*:*"]
+_UNWANTED = ["*..*", "/*", ".*", "*/.*", "*:*"]
 
 
 def publish(
@@ -99,7 +99,7 @@ def fetch(
 
 
 def strangers(repo_id: str, folder: str | Path, *, revision: str | None = None, token: str | None = None) -> list[str]:
-    """Names of the files in a repository that its card does not list, hidden ones aside. `fetch` leaves most of them."""
+    """Names of the files in a repository that its card does not list, hidden ones aside; `fetch` leaves most there."""
     listed = {entry["path"] for entry in PrivacyCard.load(folder).report["released"]} | {README_NAME, REPORT_NAME}
     names = HfApi(token=token).list_repo_files(repo_id, revision=revision)
     hidden = [name for name in names if any(part.startswith(".") for part in name.split("/"))]

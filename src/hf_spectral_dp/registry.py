@@ -17,7 +17,7 @@ from jsonschema import Draft7Validator
 from .card import PrivacyCard
 
 _SCHEMA = Path(__file__).parent / "templates" / "opendp_deployments.schema.yaml"
-_MARKS = re.compile(r"([`*_{}\[\]<>#$|~])")  # the registry shows text as Markdown with formulas
+_MARKS = re.compile(r"[\\`*_{}\[\]<>#$|~]")  # the registry shows text as Markdown with formulas
 
 
 def registry_record(
@@ -95,7 +95,7 @@ def registry_record(
                     + [actor["name"] for actor in report["trust"]["actors"]]
                 ),
                 "release_type": "One release",
-                "release_type_details": "One model. Any number of images may be drawn from it; that is post-processing.",
+                "release_type_details": "One model. Any number of images may be drawn from it: post-processing.",
                 "data_source_type": "Static",
                 "access_type": "Non-interactive",
                 "access_type_details": "The weights are released; nobody queries the data.",
@@ -120,7 +120,7 @@ def registry_record(
             },
             "administrative": {
                 "registry_authors": list(authors),
-                "notes": f"Made from privacy.json of the model, SHA-256 {card.sha256}. Check: {report['reproduce']['verify']}.",
+                "notes": f"Made from privacy.json, SHA-256 {card.sha256}; check: {report['reproduce']['verify']}.",
                 **({"sources": sources} if sources else {}),
             },
         },
@@ -159,7 +159,11 @@ def _escaped(value: Any, name: str = "") -> Any:
     if isinstance(value, list):
         return [_escaped(item, name) for item in value]
     fixed = name in ("url_slug", "status", "publication_date", "data_product_sector") or not isinstance(value, str)
-    return value if fixed else _MARKS.sub(r"\\\1", " ".join(value.split()).replace("\\", "&#92;"))
+    return value if fixed else _MARKS.sub(_harmless, " ".join(value.split()))
+
+
+def _harmless(mark: re.Match[str]) -> str:
+    return "&#92;" if mark[0] == "\\" else f"\\{mark[0]}"
 
 
 __all__ = ["registry_record", "registry_yaml"]

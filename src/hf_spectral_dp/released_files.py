@@ -2,8 +2,8 @@
 
 An allow-list, because the folder of a run also holds what must stay: token rows, the ledger, optimizer states, random
 states, the files of checkpoints. A pipeline lies in a folder of its own, with one folder per component; a model alone
-lies in one folder without any. No file on the list can hold a pickle, and none of a pipeline can hold code; a model alone
-may have this package's own source files beside it, see `remote_code.py`.
+lies in one folder without any. No file on the list can hold a pickle, and none of a pipeline can hold code; a model
+alone may have this package's own source files beside it, see `remote_code.py`.
 """
 
 import hashlib
@@ -12,7 +12,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-REPORT_NAME = "privacy.json"
+from .safe_loading import REPORT_NAME
+
 README_NAME = "README.md"
 SAMPLES_NAME = "samples.png"
 

@@ -1,7 +1,7 @@
 """A model that loads without this package: its source files beside its weights, for `trust_remote_code=True`.
 
-For models alone (`AutoModelForCausalLM`, `AutoImageProcessor`). A pipeline is not exported so: diffusers fetches one source
-file per component from the Hub and none of those that it imports, and loses even that when the pipeline is saved again.
+For models alone (`AutoModelForCausalLM`, `AutoImageProcessor`). A pipeline is not exported so: diffusers fetches one
+source file per component from the Hub and none of those that it imports, and loses even that when it is saved again.
 """
 
 import json

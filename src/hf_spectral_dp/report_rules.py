@@ -181,8 +181,8 @@ def _against_each_other(report: dict[str, Any]) -> list[str]:
     logged = report["training"]["private_loss_logged"]
     if logged and all(access["accounted"] for access in report["data_accesses"]):
         problems.append(
-            "training.private_loss_logged=True, but data_accesses lists no look that the claim does not cover; take both"
-            " from DPTrainer.privacy_report()"
+            "training.private_loss_logged=True, but data_accesses lists no look that the claim does not cover; take"
+            " both from DPTrainer.privacy_report()"
         )
     if report["trust"]["adversary"]["sees_logs"] == logged:
         problems.append(
@@ -201,6 +201,9 @@ def _against_each_other(report: dict[str, Any]) -> list[str]:
                 f"utility[{index}].accounted=True with private=True: no plan of this package pays for a measurement on"
                 " private images; say false"
             )
+    paths = [entry["path"] for entry in report.get("released", [])]
+    if repeated := sorted({path for path in paths if paths.count(path) > 1}):
+        problems.append(f"released lists {', '.join(repeated)} more than once; a file has one hash")
     try:
         adjacency = plan_of(report).adjacency
     except ValueError as error:
