@@ -43,6 +43,9 @@ ORDER = [
     "pipeline_spectral",
     "registry",
     "dataset_export",
+    "assessment",
+    "plots",
+    "report",
     "cli",
     "",  # hf_spectral_dp/__init__.py
 ]
