@@ -36,7 +36,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageToImage
 
 from benchmarks.quality_data import IMAGE_SETS, ImageSet, Labelled, private_images, public_images
-from benchmarks.quality_figures import figures
+from benchmarks.quality_figures import figures, save_grid
 from benchmarks.quality_methods import (
     Cost,
     DiffusionGenerator,
@@ -205,7 +205,7 @@ def compare(
         for row in figures(drawn, test, images, size.classifier_steps, size.seeds):
             yield shared | row | {"scale": scale}
         if grids is not None:
-            save_grid(drawn[0], images, grids / f"quality_{name}_{method}_{shared['epsilon']:g}.png")
+            save_grid(drawn[0], images, grids / f"quality_{name}_{method}_{epsilon:g}.png")
 
 
 def main() -> None:
@@ -219,3 +219,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file; sample grids are put beside it")
     arguments = parser.parse_args()
     size = "quick" if arguments.quick else arguments.size
+    torch.set_num_threads(min(2, torch.get_num_threads()))  # small tensors: more threads only wait for each other
+    grids = arguments.out.parent if arguments.out and size != "quick" else None
+    rows = compare(
+        arguments.dataset, arguments.methods, arguments.epsilon, SIZES[size], arguments.data, grids
+    )
+    epsilons = " ".join(f"{epsilon:g}" for epsilon in arguments.epsilon)
+    command = f"python -m benchmarks.quality --dataset {arguments.dataset} --epsilon {epsilons} --size {size}"
+    if len(arguments.methods) < len(METHODS):
+        command += f" --methods {' '.join(arguments.methods)}"
+    write_report(command, list(rows), arguments.out)
+
+
+if __name__ == "__main__":
+    main()
