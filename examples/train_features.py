@@ -28,11 +28,11 @@ tags: [feature-extraction, image-generation, evaluation]
 # Public features for the metrics of generated images
 
 `PublicFeatureNetwork`, {parameters:,} parameters, half precision; {dim} features of three depths per image. What its
-distances say of known degradations is in `benchmarks/results/features.json`. They are not Inception distances and must
-not be compared with published ones.
+distances say of known degradations is in `benchmarks/results/features.json`. They are not Inception distances and
+must not be compared with published ones.
 
-**Training data:** {images:,} images of `{public}` (split {split}) with {classes} classes. No private image was used: not
-for training, not for the choice of a checkpoint (the last one is taken), not for the scaling of the features.
+**Training data:** {images:,} images of `{public}` (split {split}) with {classes} classes. No private image was used:
+not for training, not for the choice of a checkpoint (the last one is taken), not for the scaling of the features.
 
 **Training:** {epochs} epochs, {minutes:.0f} minutes of processor time. Top-1 accuracy on {held_out:,} held-out public
 images: {accuracy:.1%}.
@@ -77,7 +77,8 @@ def batches(
 @torch.no_grad()
 def scale_features(model: PublicFeatureNetwork, images: Tensor) -> None:
     """Sets the scaling that gives every feature mean 0 and variance 1 over uint8 images (n, 3, H, W)."""
-    pooled = torch.cat([model.pooled(model.maps(model.prepare(some.float() / 127.5 - 1))) for some in images.split(500)]).double()
+    scaled = (some.float() / 127.5 - 1 for some in images.split(500))
+    pooled = torch.cat([model.pooled(model.maps(model.prepare(some))) for some in scaled]).double()
     model.feature_mean.copy_(pooled.mean(0))
     model.feature_scale.copy_(1 / pooled.std(0).clamp_min(1e-6))
 
@@ -139,7 +140,8 @@ def main() -> None:
             optimizer.step()
             schedule.step()
             total, steps = total + loss.item(), steps + 1
-        print(f"epoch {epoch}: loss {total / steps:.3f} after {time.process_time() - start:.0f} s of processor time", flush=True)
+        seconds = time.process_time() - start
+        print(f"epoch {epoch}: loss {total / steps:.3f} after {seconds:.0f} s of processor time", flush=True)
     minutes = (time.process_time() - start) / 60
     model.eval()
     model.half().float()  # what is measured is what is shipped

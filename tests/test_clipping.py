@@ -124,15 +124,20 @@ def test_gradient_checkpointing_changes_nothing(reentrant):
     assert relative_error(clipper.take(), plain) < 1e-6
 
 
-def test_bfloat16_autocast_keeps_sums_in_float32():
+@pytest.mark.parametrize("around", ["the losses", "the clipper"])
+def test_bfloat16_autocast_keeps_sums_in_float32(around):
     model, ids = llama(), token_rows(5, 12)
     clipper = PerExampleClipper(model, 0.5)
 
     def losses():
+        if around == "the clipper":
+            return losses_of(model, ids)
         with torch.autocast("cpu", torch.bfloat16):
             return losses_of(model, ids)
 
-    clipper.add(losses, 5)
+    with torch.autocast("cpu", torch.bfloat16, enabled=around == "the clipper"):
+        assert clipper.per_example_norms(losses, 5).dtype == torch.float64
+        clipper.add(losses, 5)
     sums = clipper.take()
     assert all(value.dtype == torch.float32 for value in sums.values())
     _, expected = looped(model, ids, 0.5)
@@ -285,7 +290,7 @@ def test_a_parameter_without_any_forward_is_named():
 
 
 @pytest.mark.parametrize(
-    "module, x", [(nn.Conv2d(1, 2, 3), torch.randn(3, 1, 5, 5)), (OnePlusRMSNorm(), torch.randn(3, 4))]
+    "module, x", [(nn.Conv2d(2, 2, 3, groups=2), torch.randn(3, 2, 5, 5)), (OnePlusRMSNorm(), torch.randn(3, 4))]
 )
 def test_a_module_without_a_rule_falls_back_and_says_so_once(module, x, caplog):
     clipper = PerExampleClipper(module, 0.1)
@@ -296,6 +301,74 @@ def test_a_module_without_a_rule_falls_back_and_says_so_once(module, x, caplog):
         grads = torch.autograd.grad(module(row[None]).square().sum(), list(module.parameters()))
         expected += grads[0] * min(1.0, 0.1 / float(torch.sqrt(sum(g.square().sum() for g in grads))))
     torch.testing.assert_close(clipper.take()["weight"], expected, rtol=1e-5, atol=1e-7)
+
+
+class ConvNet(nn.Module):
+    """Strides, dilation, padding, a layer at two sizes and group normalisation with one group and several."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, stride=2, padding=1)
+        self.norm = nn.GroupNorm(2, 4)
+        self.second = nn.Conv2d(4, 4, (3, 1), padding=(2, 0), dilation=(2, 1), bias=False)
+        self.last = nn.GroupNorm(1, 4)
+
+    def forward(self, x):
+        hidden = self.norm(self.first(x)).relu()
+        hidden = self.last(self.second(self.second(hidden)[:, :, ::2]))
+        return hidden.sin().flatten(1).square().sum(1)
+
+
+@pytest.mark.parametrize("size", [4, 24])  # few places: ghost norms; many: instantiated gradients
+@pytest.mark.parametrize("memory_budget", [0, 1 << 30])
+def test_convolutions_and_group_normalisation_equal_the_loop(size, memory_budget, caplog):
+    torch.manual_seed(0)
+    model, x = ConvNet().double(), torch.randn(4, 3, size, size).double()
+    expected = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for row in x:
+        grads = torch.autograd.grad(model(row[None])[0], list(model.parameters()))
+        norm = float(torch.sqrt(sum(g.square().sum() for g in grads)))
+        for name, g in zip(expected, grads, strict=True):
+            expected[name] += g * min(1.0, 0.5 / norm)
+    clipper = PerExampleClipper(model, 0.5, memory_budget)
+    for split in (4, 3, 1):
+        for rows in x.split(split):
+            clipper.add(lambda rows=rows: model(rows), len(rows))
+        assert relative_error(clipper.take(), expected) < 1e-10
+    assert not caplog.records  # no fallback
+
+
+def test_convolutions_under_bfloat16_autocast():
+    torch.manual_seed(0)
+    model, x = ConvNet(), torch.randn(4, 3, 12, 12)
+    clipper = PerExampleClipper(model, 0.5)
+    clipper.add(lambda: model(x), 4)
+    exact = clipper.take()
+    with torch.autocast("cpu", torch.bfloat16):
+        clipper.add(lambda: model(x), 4)
+    rounded = clipper.take()
+    assert all(value.dtype == torch.float32 for value in rounded.values())
+    assert relative_error(rounded, exact) < 0.05
+
+
+@pytest.mark.parametrize("what", ["model", "layer", "losses"])
+def test_compiled_models_are_exact(what):
+    """A compiled graph knows nothing of the recording: it must not run while gradients are recorded."""
+    model, ids = llama(), token_rows(5, 12)
+    _, expected = looped(model, ids, 0.5)
+    clipped = model
+    if what == "model":
+        clipped = torch.compile(model, backend="eager")
+    elif what == "layer":
+        model.model.layers[0].compile(backend="eager")
+    run = torch.compile(losses_of, backend="eager") if what == "losses" else losses_of
+    run(clipped, ids)  # compiled before recording begins, as in a loop that also evaluates
+    clipper = PerExampleClipper(clipped, 0.5)
+    for _ in range(2):
+        clipper.add(lambda: run(clipped, ids), 5)
+        sums = {name.removeprefix("_orig_mod."): value for name, value in clipper.take().items()}
+        assert relative_error(sums, expected) < 2e-6
+    torch.testing.assert_close(run(clipped, ids), losses_of(model, ids))
 
 
 def test_a_parameter_used_outside_its_module_is_refused():

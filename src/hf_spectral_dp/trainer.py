@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -94,6 +95,9 @@ class DPTrainer(QuietTrainer):
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, callbacks=callbacks, optimizers=optimizers
         )
+        if args.world_size > 1:  # adapters begin at random: all processes begin with those of the first
+            for parameter in self._clipper.parameters.values():
+                dist.broadcast(parameter.detach(), 0)
         self._public = {name: parameter.detach().clone() for name, parameter in self._clipper.parameters.items()}
         self._average = {name: value.float().clone() for name, value in self._public.items()} if args.ema_decay else {}
         self._mechanism = NoisyClippedMean(

@@ -57,10 +57,10 @@ def _pair(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def frechet_distance(real: Moments | Tensor, generated: Moments | Tensor) -> float:
-    """Squared Wasserstein-2 distance of the Gaussians with the moments of both sets (Heusel et al., 1706.08500).
+    """Squared Wasserstein-2 distance of Gaussians with the moments of both sets (Heusel et al., 1706.08500).
 
-    |m1 - m2|^2 + tr(C1) + tr(C2) - 2 tr((C1 C2)^(1/2)). On Inception features this is FID. It is biased upwards by about
-    1/n, so compare only figures of the same numbers of images, beside the floor.
+    |m1 - m2|^2 + tr(C1) + tr(C2) - 2 tr((C1 C2)^(1/2)). On Inception features this is FID. It is biased upwards, about
+    as 1/n, so compare only figures of the same numbers of images, beside the floor.
 
     Args:
         real, generated: moments, or feature matrices (n, D).
@@ -152,7 +152,7 @@ def polynomial_kernel(first: Tensor, second: Tensor) -> KernelMatrices:
 
 
 def gaussian_kernel(first: Tensor, second: Tensor, sigma: float = 10.0) -> KernelMatrices:
-    """1000 exp(-|x - y|^2 / (2 sigma^2)) of features scaled to length 1: that of CMMD (Jayasumana et al., 2401.09603)."""
+    """1000 exp(-|x - y|^2 / (2 sigma^2)) of features of length 1, as in CMMD (Jayasumana et al., 2401.09603)."""
     first, second = (some / some.norm(dim=1, keepdim=True).clamp_min(1e-12) for some in (first, second))
 
     def kernel(x: Tensor, y: Tensor) -> Tensor:

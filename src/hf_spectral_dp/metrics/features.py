@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -55,11 +56,16 @@ class PublicFeatures:
     Args:
         weights: folder of a `PublicFeatureNetwork` of your own, trained by `examples/train_features.py`.
         device: where the network runs.
+
+    Raises:
+        FileNotFoundError: no such folder.
     """
 
     name = "public-features"
 
     def __init__(self, weights: str | Path = CHECKPOINT, device: str | torch.device = "cpu"):
+        if not Path(weights).is_dir():
+            raise FileNotFoundError(f"weights={str(weights)!r} is no folder; give one, or leave it out.")
         network = PublicFeatureNetwork.from_pretrained(weights, dtype=torch.float32, local_files_only=True)
         self.network: PublicFeatureNetwork = network.to(device, memory_format=torch.channels_last).eval()
         self.fingerprint = _fingerprint(self.network)
@@ -238,7 +244,7 @@ def _fingerprint(network: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(network.state_dict().items()):
         digest.update(f"{name} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy() if value.ndim else str(value).encode())
+        digest.update(np.ascontiguousarray(value.detach().cpu().numpy()).tobytes())
     return digest.hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""What is kept of a stream of images for its evaluation: sums and a sample, of a size that does not depend on the stream.
+"""What is kept of a stream of images for its evaluation: sums and a sample, whose size does not depend on the stream.
 
 Images are dealt at random into ten groups of equal size (up to one image), and every sum is kept per group. Leaving out
 one group at a time gives intervals (the delete-a-group jackknife), and five groups against the other five are two sets

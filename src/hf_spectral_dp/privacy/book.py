@@ -69,7 +69,10 @@ class Book:
         )
 
     def note_affine(self, weight: nn.Parameter, inputs: Tensor, gradients: Tensor, transposed: bool = False) -> None:
-        """One use of a weight (p, d), or (d, p) if `transposed`, on inputs (B, ..., d) with output gradients."""
+        """One use of a weight (p, d), or (d, p) if `transposed`, on inputs (B, ..., d) with output gradients.
+
+        The weight of a convolution, (p, channels, height, width), counts as (p, d) with d = channels height width.
+        """
         a, g = (x.reshape(self.batch_size, -1, x.shape[-1]) for x in (inputs, gradients))
         if transposed:  # y = a W: the gradient is a^T g, the same sum with the roles exchanged
             a, g = g, a
@@ -137,11 +140,6 @@ class Book:
 
     # -- after it ------------------------------------------------------------------------------------------------
 
-    @property
-    def parameters(self) -> set[nn.Parameter]:
-        """Those that anything was noted of."""
-        return {*self._dense, *self._affine, *self._lookups}
-
     @torch.no_grad()
     def norms(self) -> Tensor:
         """(B,) Euclidean norms, over all parameters together, of the per-example gradients.
@@ -189,7 +187,7 @@ class Book:
         for parameter, gradients in self._dense.items():
             stored, turned = _stored(gradients)
             total = coefficients.to(stored.dtype) @ cleaned(stored).flatten(1)
-            total = total.view(stored.shape[1:]).T if turned else total.view(parameter.shape)
+            total = (total.view(stored.shape[1:]).T if turned else total).reshape(parameter.shape)
             if parameter in sums:
                 sums[parameter] += total
             else:
@@ -313,9 +311,9 @@ def _add_gram(blocks: list[Tensor], tensor: Tensor) -> None:
 
 def _add_product(sums: dict[nn.Parameter, Tensor], weight: nn.Parameter, left: Tensor, right: Tensor) -> None:
     if weight in sums:
-        sums[weight].addmm_(left, right)
+        sums[weight].view(len(left), -1).addmm_(left, right)
     else:
-        sums[weight] = left @ right
+        sums[weight] = (left @ right).view(weight.shape)
 
 
 __all__ = ["Book"]

@@ -16,9 +16,11 @@ class PerExampleClipper:
     """Adds up clipped per-example gradients of a model over micro-batches.
 
     Args:
-        model: any module whose trainable parameters belong to Linear, Conv1D, Embedding, LayerNorm or RMSNorm layers,
-            including LoRA adapters and tied embeddings. Its examples must not see each other (no batch statistics).
+        model: any module whose examples do not see each other (no batch statistics). Linear, Conv1D, Conv2d, Embedding,
+            LayerNorm, GroupNorm and RMSNorm layers, LoRA adapters and tied embeddings go by book-keeping; the
+            parameters of all other modules by `torch.func.vmap`, slower and as exact, after one warning.
         clipping_norm: C, the largest Euclidean norm, over all trainable parameters together, of one example's share.
+        memory_budget: bytes that per-example gradients of one micro-batch may take beyond what ghost norms would.
 
     Formal guarantee: `take()` returns a sum over examples of vectors of norm at most C (1 + 1e-5) each, one vector per
     example, which depends on that example and the parameters alone. Adding or removing one example therefore moves
@@ -36,7 +38,7 @@ class PerExampleClipper:
         [0.9, 1.2]
 
     Raises:
-        ValueError: clipping_norm not positive, no trainable parameter, or one that no rule covers (named).
+        ValueError: clipping_norm not positive, no trainable parameter, or one that no module's forward uses (named).
     """
 
     def __init__(self, model: nn.Module, clipping_norm: float, memory_budget: int = 64 << 20):
@@ -73,7 +75,7 @@ class PerExampleClipper:
         if not batch_size:
             return
         book = self._record(losses, batch_size)
-        with torch.no_grad():
+        with torch.no_grad(), self._full_precision():
             norms = book.norms()
             coefficients = self.clipping_norm / norms.clamp_min(self.clipping_norm)
             coefficients = torch.where(norms.isfinite(), coefficients, torch.zeros_like(coefficients))
@@ -81,7 +83,11 @@ class PerExampleClipper:
 
     def per_example_norms(self, losses: Callable[[], Tensor], batch_size: int) -> Tensor:
         """Gradient norms (batch_size,) of the examples before clipping. They are private if the examples are."""
-        return self._record(losses, batch_size).norms() if batch_size else torch.zeros(0, dtype=torch.float64)
+        if not batch_size:
+            return torch.zeros(0, dtype=torch.float64)
+        book = self._record(losses, batch_size)
+        with self._full_precision():
+            return book.norms()
 
     def take(self) -> dict[str, Tensor]:
         """The clipped sum since the last call, by parameter name, at least float32; zeros where nothing was added."""
@@ -92,6 +98,10 @@ class PerExampleClipper:
             else torch.zeros_like(parameter, dtype=precise(parameter).dtype, requires_grad=False)
             for name, parameter in self.parameters.items()
         }
+
+    def _full_precision(self) -> torch.autocast:
+        """Autocast, if the caller is inside one, ends with the losses: it would round norms and sums."""
+        return torch.autocast(next(iter(self.parameters.values())).device.type, enabled=False)
 
     def _record(self, losses: Callable[[], Tensor], batch_size: int) -> Book:
         """One forward and one backward pass."""
@@ -105,7 +115,8 @@ class PerExampleClipper:
                     raise ValueError(
                         f"losses have shape {tuple(values.shape)}, not ({batch_size},): return one loss per example."
                     )
-                values.sum().backward()
+                with self._full_precision():
+                    values.sum().backward()
             for name, parameter in self.parameters.items():
                 if parameter.grad is not None:
                     raise ValueError(

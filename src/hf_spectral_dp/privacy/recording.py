@@ -6,6 +6,7 @@ but their backward returns gradients for their inputs only and notes the rest in
 
 import contextlib
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -153,6 +154,65 @@ class _LayerNorm(torch.autograd.Function):
         return inner, None, None, None, None
 
 
+class _Convolution(torch.autograd.Function):
+    """Two-dimensional convolution: at every place of its output, a linear layer on the patch of input below."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, module: nn.Conv2d, book: Book) -> Tensor:
+        ctx.module, ctx.book = module, book
+        ctx.save_for_backward(x, weight)
+        return F.conv2d(x, weight, bias, module.stride, module.padding, module.dilation)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        module, book = ctx.module, ctx.book
+        if module.weight.requires_grad:
+            patches = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
+            book.note_affine(module.weight, patches.transpose(1, 2), g.flatten(2).transpose(1, 2))
+        if module.bias is not None and module.bias.requires_grad:
+            book.note_dense(module.bias, precise(g).sum((2, 3)))
+        inner = None
+        if ctx.needs_input_grad[0]:
+            inner = torch.ops.aten.convolution_backward(
+                g, x, weight, None, module.stride, module.padding, module.dilation, False, [0, 0], 1,
+                [True, False, False],
+            )[0]  # fmt: skip
+        return inner, None, None, None, None
+
+
+class _GroupNorm(torch.autograd.Function):
+    """Group normalisation of (B, C, ...); notes the gradients of weight and bias."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, module: nn.GroupNorm, book: Book) -> Tensor:
+        x = x.contiguous()
+        ctx.sizes = x.shape[0], x.shape[1], x[0, 0].numel(), module.num_groups
+        y, mean, inverse = torch.native_group_norm(x, weight, bias, *ctx.sizes, module.eps)
+        ctx.module, ctx.book = module, book
+        ctx.save_for_backward(x, weight, mean, inverse)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, inverse = ctx.saved_tensors
+        module, book, flat = ctx.module, ctx.book, precise(g).flatten(2)
+        if module.weight.requires_grad:
+            grouped = precise(x).reshape(len(x), module.num_groups, -1)
+            normalised = (grouped - mean[..., None]) * inverse[..., None]
+            book.note_dense(module.weight, (normalised.view_as(flat) * flat).sum(2))
+        if module.bias.requires_grad:
+            book.note_dense(module.bias, flat.sum(2))
+        inner = None
+        if ctx.needs_input_grad[0]:
+            inner = torch.ops.aten.native_group_norm_backward(
+                g.contiguous(), x, mean, inverse, weight, *ctx.sizes, [True, False, False]
+            )[0]
+        return inner, None, None, None, None
+
+
 class _Lookup(torch.autograd.Function):
     """Rows of an embedding table; notes which row got which gradient."""
 
@@ -184,6 +244,26 @@ def _affine(module: Any, book: Book, name: str) -> Callable[..., Tensor]:
         _, inputs, readers = book.last_read
         readers.waiting += inputs.requires_grad
         return _Affine.apply(inputs, weight, bias, module, book, readers)
+
+    return forward
+
+
+def _convolution(module: Any, book: Book, name: str) -> Callable[..., Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        weight, bias, dtype = module.weight, module.bias, x.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        return _Convolution.apply(book.rows(x, name).to(dtype), weight, bias, module, book)
+
+    return forward
+
+
+def _group_norm(module: Any, book: Book, name: str) -> Callable[..., Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            x = book.rows(precise(x) if module.weight.dtype != x.dtype else x, name)
+            return _GroupNorm.apply(x, module.weight, module.bias, module, book)
 
     return forward
 
@@ -232,6 +312,11 @@ def _rule(module: nn.Module) -> Callable[..., Callable[..., Tensor]] | None:
         return _embedding if plain else None
     if _plain(module, nn.LayerNorm) and module.weight is not None:
         return _layer_norm
+    if _plain(module, nn.GroupNorm) and module.affine:
+        return _group_norm
+    if _plain(module, nn.Conv2d):
+        plain_ = module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+        return _convolution if plain_ else None
     one_dimensional = len(getattr(module, "normalized_shape", ())) == 1
     if (_plain(module, nn.RMSNorm) and one_dimensional) or _is_llama_rms_norm(module):
         return _rms_norm
@@ -312,6 +397,8 @@ class Recorder:
     def recording(self, batch_size: int) -> Iterator[Book]:
         """Records every forward and backward pass inside, also those recomputed by gradient checkpointing.
 
+        What `torch.compile` made runs uncompiled inside.
+
         Raises:
             ValueError: a batch normalisation in training mode, through which examples see each other.
         """
@@ -324,10 +411,13 @@ class Recorder:
         book = Book(batch_size, self._tied, self._memory_budget)
         book.shares_inputs = self.shares_inputs
         before = [vars(module).get("forward") for _, module, _ in self._rules]
+        # A compiled graph would not see the replaced forwards, so what is compiled runs uncompiled here.
+        eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
         try:
             for name, module, rule in self._rules:
                 vars(module)["forward"] = rule(module, book, name)  # shadows the class's method on this instance only
-            yield book
+            with eager:
+                yield book
         finally:
             book.last_read = None
             for (_, module, _), own in zip(self._rules, before, strict=True):

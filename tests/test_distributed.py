@@ -1,0 +1,56 @@
+"""Two real processes (gloo): one sum over both, noise once, the same weights everywhere, one ledger."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_clipping import llama, looped, relative_error, token_rows
+
+from hf_spectral_dp.privacy.ledger import read_ledger
+from hf_spectral_dp.trainer import LEDGER
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> Path:
+    """The folder with what two_processes.py wrote."""
+    folder, here = tmp_path_factory.mktemp("two"), Path(__file__).parent
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([*sys.path, str(here)])}
+    command += [str(here / "two_processes.py"), str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def both(folder: Path, name: str) -> list[dict]:
+    return [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def test_the_clipped_sum_is_that_of_one_process_and_the_noise_is_added_once(found):
+    first, second = both(found, "release")
+    _, expected = looped(llama(), token_rows(7, 12), 0.3)
+    assert relative_error({name: 10 * value for name, value in first["summed"].items()}, expected) < 2e-6
+    for what in ("summed", "noise"):
+        assert all(torch.equal(first[what][name], second[what][name]) for name in first[what])
+    noise = torch.cat([value.flatten() for value in first["noise"].values()])
+    # Standard deviation 2 * 0.3 / 10, not twice the variance of it: five standard errors are 5 % of 5,000 draws.
+    assert len(noise) > 5000
+    assert float(noise.std()) == pytest.approx(0.06, rel=0.05) and abs(float(noise.mean())) < 5 * 0.06 / 70
+
+
+@pytest.mark.parametrize("name", ["all weights", "adapters"])
+def test_a_run_on_two_processes(name, found):
+    first, second = both(found, name)
+    assert first["weights"].keys() == second["weights"].keys()
+    for key, value in first["weights"].items():
+        assert torch.equal(value, second["weights"][key]), key
+    assert first["epsilon"] == second["epsilon"] <= 8.0
+    assert read_ledger(found / name / LEDGER)["charged"] == 6
+    # Every process draws from its own shard of the rows, six times, independently of the other.
+    assert len(first["taken"]) == len(second["taken"]) == 6
+    assert {index % 2 for taken in first["taken"] for index in taken} == {0}
+    assert {index % 2 for taken in second["taken"] for index in taken} == {1}
+    assert [[i // 2 for i in taken] for taken in first["taken"]] != [[i // 2 for i in x] for x in second["taken"]]

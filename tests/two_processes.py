@@ -1,0 +1,58 @@
+"""What test_distributed.py starts on two processes with torchrun: each rank writes what it found to a folder."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from conftest import tiny_model
+from test_clipping import llama, losses_of, token_rows
+from test_trainer import Rows, arguments
+
+from hf_spectral_dp import DPTrainer
+from hf_spectral_dp.privacy.clipping import PerExampleClipper
+from hf_spectral_dp.privacy.mechanism import NoisyClippedMean
+
+
+class WatchedRows(Rows):
+    """Remembers which rows were taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken: list[list[int]] = []
+
+    def __getitem__(self, indices):
+        self.taken.append([int(index) for index in indices])
+        return super().__getitem__(indices)
+
+
+def release(folder: Path, rank: int) -> None:
+    """The mechanism on one batch of seven rows, three here and four there: without noise, and of noise alone."""
+    model, rows = llama(), token_rows(7, 12)
+    mine = rows[:3] if rank == 0 else rows[3:]
+    clipper = PerExampleClipper(model, 0.3)
+    mechanisms = {"summed": NoisyClippedMean(clipper, 0.0, 10.0, 2, rank, 2)}
+    mechanisms["noise"] = NoisyClippedMean(clipper, 2.0, 10.0, 2, rank, 2)
+    found = {"summed": mechanisms["summed"].release(mine, lambda some: losses_of(model, some))}
+    found["noise"] = mechanisms["noise"].release(mine[:0], lambda some: losses_of(model, some))
+    torch.save(found, folder / f"release-{rank}.pt")
+
+
+def train(folder: Path, rank: int, name: str, **changes) -> None:
+    """A whole run, in which every process has its own random state."""
+    torch.manual_seed(rank)
+    rows = WatchedRows()
+    trainer = DPTrainer(tiny_model(), arguments(folder / name, ema_decay=0.5, **changes), rows)
+    trainer.train()
+    found = {"weights": trainer.model.state_dict(), "epsilon": trainer.epsilon_spent, "taken": rows.taken}
+    torch.save(found, folder / f"{name}-{rank}.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    train(folder, rank, "all weights")
+    train(folder, rank, "adapters", lora_rank=2)
+    release(folder, rank)
+    dist.destroy_process_group()
