@@ -130,3 +130,16 @@ def test_no_path_of_one_machine():
 def test_every_module_says_what_it_is():
     for path in sources():
         assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), path
+
+
+def test_every_test_that_the_documents_name_exists():
+    missing = []
+    for document in [*(ROOT / "docs").glob("*.md"), ROOT / "README.md"]:
+        file = ""
+        text = document.read_text(encoding="utf-8")
+        for name, test in re.findall(r"`(?=test_|::)(test_\w+\.py)?(?:::(test_\w+))?`", text):
+            file = name or file  # "::test" after a file's name means the same file
+            path = ROOT / "tests" / file
+            if not path.is_file() or (test and f"def {test}(" not in path.read_text(encoding="utf-8")):
+                missing.append(f"{document.name}: {file}::{test}")
+    assert not missing

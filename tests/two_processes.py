@@ -54,5 +54,6 @@ if __name__ == "__main__":
     folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     train(folder, rank, "all weights")
     train(folder, rank, "adapters", lora_rank=2)
+    train(folder, rank, "small batches", expected_batch_size=1)
     release(folder, rank)
     dist.destroy_process_group()

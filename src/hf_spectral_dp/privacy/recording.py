@@ -189,7 +189,8 @@ class _GroupNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, module: nn.GroupNorm, book: Book) -> Tensor:
         x = x.contiguous()
         ctx.sizes = x.shape[0], x.shape[1], x[0, 0].numel(), module.num_groups
-        y, mean, inverse = torch.native_group_norm(x, weight, bias, *ctx.sizes, module.eps)
+        rows, channels, places, groups = ctx.sizes
+        y, mean, inverse = torch.native_group_norm(x, weight, bias, rows, channels, places, groups, module.eps)
         ctx.module, ctx.book = module, book
         ctx.save_for_backward(x, weight, mean, inverse)
         return y

@@ -1,0 +1,29 @@
+"""RESULTS.md says what the JSON files say."""
+
+import json
+
+from benchmarks import results
+
+
+def test_results_are_rendered_from_their_sources():
+    written = (results.HERE / "RESULTS.md").read_text(encoding="utf-8")
+    assert written == results.render(), "run python -m benchmarks.results"
+
+
+def test_a_figure_by_hand(tmp_path, monkeypatch):
+    case = {"d": 256, "T": 16, "tied": False, "adapter": "none"}
+    rows = [
+        {**case, "method": "ours", "time_ratio": 1.0444, "memory_ratio": 1},
+        {**case, "method": "a|b", "cannot_run": "no"},
+    ]
+    environment = {"accelerator": None, "processor": "P", "cores": 2, "torch_threads": 1, "packages": {"torch": "2"}}
+    report = {"command": "python -m benchmarks.engine", "environment": environment, "rows": rows}
+    path = tmp_path / "engine.json"
+    path.write_text(json.dumps(report))
+    section = results.section(path)
+    assert "| d | T | tied | adapter | ours | a|b |" not in section  # a bar would end the cell
+    assert "| 256 | 16 | no | none | 1.044 | cannot run |" in section
+    path.rename(tmp_path / "noise.json")
+    report["rows"] = [{"check": "x", "failed": 0, "value": 0.123456}, {"check": "y|z", "failed": None}]
+    (tmp_path / "noise.json").write_text(json.dumps(report))
+    assert "| x | 0 | 0.1235 |\n| y\\|z |  |  |" in results.section(tmp_path / "noise.json")
