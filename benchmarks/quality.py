@@ -63,7 +63,8 @@ class Size:
         private, test, public: images. each: images generated per class.
         public_steps: of 64 public images each, for every model that is not bundled.
         steps, batch: of DP training. twin_steps: of 64 private images each, at epsilon inf.
-        classifier_steps, seeds: of each of the three architectures.
+        classifier_steps, seeds: of each of the three architectures; they see images averaged over blocks of side `block`.
+        compared: images for distances.
         widths, denoising_steps: of the diffusion model.
     """
 
@@ -77,14 +78,16 @@ class Size:
     twin_steps: int
     classifier_steps: int
     seeds: int
+    block: int
+    compared: int
     widths: tuple[int, int]
     denoising_steps: int
 
 
 SIZES = {
-    "quick": Size(1000, 300, 600, 30, 10, 4, 128, 10, 40, 1, (16, 32), 4),
-    "small": Size(55000, 10000, 10000, 500, 1200, 60, 1000, 1000, 600, 1, (32, 64), 20),
-    "full": Size(55000, 10000, 60000, 2000, 8000, 400, 4096, 20000, 2000, 3, (64, 128), 50),
+    "quick": Size(1000, 300, 600, 20, 8, 4, 128, 8, 16, 1, 2, 100, (16, 32), 4),
+    "small": Size(55000, 10000, 10000, 500, 600, 50, 800, 600, 300, 1, 1, 1000, (16, 32), 20),
+    "full": Size(55000, 10000, 60000, 2000, 8000, 400, 4096, 20000, 2000, 3, 1, 10000, (64, 128), 50),
 }
 
 # Settings of DP training. Those of ours were chosen on the 5,000 digits that are kept out of the private set; a diffusion
@@ -202,7 +205,7 @@ def compare(
         if callable(source):
             rate = len(labels) / seconds
             yield shared | {"metric": "images per second", "value": rate, "low": None, "high": None, "n": len(labels)}
-        for row in figures(drawn, test, images, size.classifier_steps, size.seeds):
+        for row in figures(drawn, test, images, size.classifier_steps, size.seeds, size.block, size.compared):
             yield shared | row | {"scale": scale}
         if grids is not None:
             save_grid(drawn[0], images, grids / f"quality_{name}_{method}_{epsilon:g}.png")

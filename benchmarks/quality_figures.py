@@ -7,6 +7,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -16,23 +17,26 @@ from hf_spectral_dp.metrics.utility import classifier_utility
 from hf_spectral_dp.privacy.audit import rate_bounds
 
 
-def figures(images: Labelled, test: Labelled, kind: ImageSet, steps: int, seeds: int) -> Iterator[dict[str, Any]]:
+def figures(
+    images: Labelled, test: Labelled, kind: ImageSet, steps: int, seeds: int, block: int, compared: int
+) -> Iterator[dict[str, Any]]:
     """Rows {"metric", "value", "low", "high", "n"} for images with labels, against real test images.
 
     Accuracy is that of classifiers trained on the images and tested on the real ones: per architecture, and their mean
     with the spread over architectures and seeds. Intervals are of 95 % for other test images. Distances compare equal
-    numbers of images.
+    numbers of images, at most `compared`. Classifiers see averages over blocks of side `block`.
     """
     drawn, labels = images
     real, real_labels = test
-    results = classifier_utility(_bare(drawn, kind), labels, _bare(real, kind), real_labels, seeds=seeds, steps=steps)
+    smaller = [F.avg_pool2d(_bare(some, kind), block) for some in (drawn, real)]
+    results = classifier_utility(smaller[0], labels, smaller[1], real_labels, seeds=seeds, steps=steps)
     for found in results:
         yield _row(f"accuracy, {found.architecture}", found.accuracy, found.low, found.high, found.n)
     accuracies = [accuracy for found in results for accuracy in found.accuracies]
     mean, n = fmean(accuracies), len(real)
     low, high = rate_bounds(mean * n, n, 0.025)
     yield _row("accuracy", mean, low, high, n) | {"spread": stdev(accuracies)}
-    count = min(len(drawn), len(real))
+    count = min(len(drawn), len(real), compared)
     order = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(0))[:count]
     for row in evaluate_images(real[:count].clamp(-1, 1), drawn[order].clamp(-1, 1), resamples=100):
         note = {"note": row["note"]} if row["note"] else {}

@@ -83,7 +83,7 @@ class Denoiser(nn.Module):
     (arXiv:2305.15759) only attention and the class embedding are trained with privacy; see `train_only_attention`.
     """
 
-    def __init__(self, channels: int, side: int, classes: int, widths: tuple[int, int] = (32, 64)):
+    def __init__(self, channels: int, side: int, classes: int, widths: tuple[int, int]):
         super().__init__()
         self.channels, self.side, self.classes = channels, side, classes
         self.unet = UNet2DModel(
@@ -110,8 +110,11 @@ class Denoiser(nn.Module):
 class DiffusionGenerator:
     """`Denoiser` on area-averaged images of side `side`, upscaled like the coarse images of the others."""
 
-    def __init__(self, channels: int, size: int, side: int, classes: int, upscaler: Upscaler, denoising_steps: int):
-        self.model = Denoiser(channels, side, classes)
+    def __init__(
+        self, channels: int, size: int, side: int, classes: int, upscaler: Upscaler, denoising_steps: int,
+        widths: tuple[int, int],
+    ):  # fmt: skip
+        self.model = Denoiser(channels, side, classes, widths)
         self.upscaler, self.block, self.denoising_steps = upscaler, size // side, denoising_steps
 
     def rows(self, images: Tensor, labels: Tensor) -> Tensor:
