@@ -2,8 +2,8 @@
 
     python -m benchmarks.quality --dataset mnist --epsilon 1 10 inf --size small --out quality.json
 
-All methods see the same private rows, spend the same (epsilon, delta) under the same accountant by the same trainer, see
-public images of the same kind, and are measured by the same code. The methods:
+All methods see the same private rows, spend the same (epsilon, delta) under the same accountant by the same trainer,
+see public images of the same kind, and are measured by the same code. The methods:
 
     ours           coarse wavelet tokens, then public super-resolution
     ceiling        (a) real private images through codec and super-resolution: the best ours could do
@@ -13,12 +13,12 @@ public images of the same kind, and are measured by the same code. The methods:
     diffusion      (f) diffusion on area-averaged images, attention trained, the kind of DP-LDM; enlarged likewise
     real           real private images themselves
 
-Epsilon inf is (c), the non-private twin of each. Nothing is chosen on test images. Figures of `ceiling`, `real` and epsilon
-inf are facts about private images that no guarantee covers.
+Epsilon inf is (c), the non-private twin of each. Nothing is chosen on test images. Figures of `ceiling`, `real` and
+epsilon inf are facts about private images that no guarantee covers.
 
-The sizes say how much is trained, and every row repeats it: "quick" shows that all of it runs; "small" gives every method
-the same number of private examples, for about an hour of one core; "full" is for a GPU. The private set of MNIST is its
-first 55,000 training images; the other 5,000 were used to choose settings.
+The sizes say how much is trained, and every row repeats it: "quick" shows that all of it runs; "small" gives every
+method the same number of private examples, for half an hour of one core; "full" is for a GPU. Ours starts from the
+bundled public model where there is one; the others are trained on public images in the run, as the row says.
 """
 
 import argparse
@@ -63,7 +63,7 @@ class Size:
         private, test, public: images. each: images generated per class.
         public_steps: of 64 public images each, for every model that is not bundled.
         steps, batch: of DP training. twin_steps: of 64 private images each, at epsilon inf.
-        classifier_steps, seeds: of each of the three architectures; they see images averaged over blocks of side `block`.
+        classifier_steps, seeds: of each of the three architectures, on images averaged over blocks of side `block`.
         compared: images for distances.
         widths, denoising_steps: of the diffusion model.
     """
@@ -90,8 +90,8 @@ SIZES = {
     "full": Size(55000, 10000, 60000, 2000, 8000, 400, 4096, 20000, 2000, 3, 1, 10000, (64, 128), 50),
 }
 
-# Settings of DP training. Those of ours were chosen on the 5,000 digits that are kept out of the private set; a diffusion
-# model's gradients are small, so it gets a small clipping norm, and Adam, which does not see the scale, as in its paper.
+# Settings of DP training, none of which was chosen on these images. Token models: those of the bundled demo. A
+# diffusion model's gradients are small, so it gets a small clipping norm, and Adam, which does not see their scale.
 SETTINGS: dict[str, dict[str, Any]] = {
     "ours": {"optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 0.25, "ema_decay": 0.9},
     "raster": {"optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 0.25, "ema_decay": 0.9},
@@ -135,17 +135,16 @@ def public_generator(method: str, name: str, images: ImageSet, public: Labelled,
         )
     else:
         codes = min(256, len(pixels) // 4)
-        config, enlarge = {
-            "ours": (configuration(images, image_size=side, levels=3, patch_sizes=[2] * 3, codebook_sizes=[codes] * 3), 1),
-            "raster": (configuration(images, image_size=2 * side, levels=1, patch_sizes=[4], codebook_sizes=[codes]), 2),
-            "pixels": (
-                configuration(
-                    images, image_size=side, levels=(side // 8).bit_length() - 1, patch_sizes=[1],
-                    codebook_sizes=[32 if images.channels == 1 else codes],
-                ),
-                1,
-            ),
-        }[method]  # fmt: skip
+        pixel_codes = 32 if images.channels == 1 else codes
+        fields: dict[str, dict[str, Any]] = {
+            "ours": {"image_size": side, "levels": 3, "patch_sizes": [2] * 3, "codebook_sizes": [codes] * 3},
+            "raster": {"image_size": 2 * side, "levels": 1, "patch_sizes": [4], "codebook_sizes": [codes]},
+            "pixels": {
+                "image_size": side, "levels": (side // 8).bit_length() - 1, "patch_sizes": [1],
+                "codebook_sizes": [pixel_codes],
+            },
+        }  # fmt: skip
+        config, enlarge = configuration(images, **fields[method]), 2 if method == "raster" else 1
         generator = TokenGenerator.from_public_images(config, pixels, enlarged, enlarge)
     cost = train_publicly(generator, generator.rows(pixels, labels), size.public_steps, hide=0.1)
     if int(labels.max()) < 0:
@@ -154,19 +153,27 @@ def public_generator(method: str, name: str, images: ImageSet, public: Labelled,
 
 
 def sources(
-    name: str, methods: list[str], epsilons: list[float], size: Size, images: ImageSet, private: Labelled, public: Labelled
+    name: str,
+    methods: list[str],
+    epsilons: list[float],
+    size: Size,
+    images: ImageSet,
+    private: Labelled,
+    public: Labelled,
 ) -> Iterator[tuple[str, float, Callable[[Tensor, torch.Generator], Tensor] | Labelled, Cost, Cost]]:
-    """Every method at every epsilon: its name, epsilon, its images or what draws them, costs of public and DP training."""
+    """Every method at every epsilon: name, epsilon, images or what draws them, costs of public and DP training."""
     free = Cost(0.0, 0.0)
     if "real" in methods:
-        yield "real", math.inf, private, free, free
+        count = images.classes * size.each  # as many as are generated
+        yield "real", math.inf, (private[0][:count], private[1][:count]), free, free
     for method in TRAINED:
         if method not in methods and not (method == "ours" and {"floor", "ceiling"} & set(methods)):
             continue
         base, before = public_generator(method, name, images, public, size)
         rows = base.rows(*private)
         if method == "ours" and "ceiling" in methods:
-            yield "ceiling", math.inf, (base.decoded(rows[: 10 * size.each]), private[1][: 10 * size.each]), before, free
+            some = rows[: images.classes * size.each]
+            yield "ceiling", math.inf, (base.decoded(some), private[1][: len(some)]), before, free
         if method == "ours" and "floor" in methods:
             yield "floor", 0.0, base.sample, before, free
         for epsilon in epsilons if method in methods else []:
@@ -218,15 +225,13 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--size", choices=tuple(SIZES), default="small")
     parser.add_argument("--quick", action="store_true", help="the same as --size quick")
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with one folder per image set")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="one folder per image set")
     parser.add_argument("--out", type=Path, help="JSON file; sample grids are put beside it")
     arguments = parser.parse_args()
     size = "quick" if arguments.quick else arguments.size
     torch.set_num_threads(min(2, torch.get_num_threads()))  # small tensors: more threads only wait for each other
     grids = arguments.out.parent if arguments.out and size != "quick" else None
-    rows = compare(
-        arguments.dataset, arguments.methods, arguments.epsilon, SIZES[size], arguments.data, grids
-    )
+    rows = compare(arguments.dataset, arguments.methods, arguments.epsilon, SIZES[size], arguments.data, grids)
     epsilons = " ".join(f"{epsilon:g}" for epsilon in arguments.epsilon)
     command = f"python -m benchmarks.quality --dataset {arguments.dataset} --epsilon {epsilons} --size {size}"
     if len(arguments.methods) < len(METHODS):

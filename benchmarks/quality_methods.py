@@ -1,7 +1,7 @@
 """The generators that the quality benchmark compares: ours, two other token models, and a diffusion model.
 
-All have the same three parts: what a private row is, one loss per row, and how images come out. So all are trained by the
-same code: without privacy by `train_publicly`, with it by `train_privately`, which is `DPTrainer` with its Poisson
+All have the same three parts: what a private row is, one loss per row, and how images come out. So all are trained by
+the same code: without privacy by `train_publicly`, with it by `train_privately`, which is `DPTrainer` with its Poisson
 batches, clipping, noise, ledger and accountant.
 """
 
@@ -28,8 +28,8 @@ class TokenGenerator:
     """A class-conditional causal model over tokens, in order, of images of some size.
 
     `config` says which tokens: with all scales it is ours; with one scale of single coefficients it has one token per
-    pixel of a small image. `enlarge` 2 shows the codec every pixel as a block of 2 x 2, whose Haar approximation band is
-    the image itself: patches of pixels in raster order, the way of models without wavelets.
+    pixel of a small image. `enlarge` 2 shows the codec every pixel as a block of 2 x 2, whose Haar approximation band
+    is the image itself: patches of pixels in raster order, the way of models without wavelets.
     """
 
     def __init__(self, model: SpectralTokenizerForCausalLM, upscaler: Upscaler, enlarge: int = 1):
@@ -204,7 +204,8 @@ def train_privately(generator: Generator, rows: Tensor, epsilon: float, delta: f
     with tempfile.TemporaryDirectory() as folder:
         arguments = DPTrainingArguments(
             output_dir=folder, target_epsilon=epsilon, target_delta=delta, report_to="none", save_strategy="no",
-            disable_tqdm=True, use_cpu=True, logging_strategy="no", lr_scheduler_type="constant_with_warmup", **settings,
+            disable_tqdm=True, use_cpu=True, logging_strategy="no", lr_scheduler_type="constant_with_warmup",
+            **settings,
         )  # fmt: skip
         start = time.perf_counter()
         trainer = DPTrainer(model, arguments, Rows(rows))
