@@ -85,7 +85,7 @@ def _clipped_by(lines: str) -> tuple[tuple[str, str], ...]:
     body = "\n".join("    " + line for line in lines.strip().splitlines())
     add = f"""
 
-def _add(self, losses, batch_size):
+def _add(self, losses, batch_size, padding=0):
     if not batch_size:
         return _real_add(self, losses, batch_size)
     norms = _real_norms(self, losses, batch_size)
@@ -127,7 +127,7 @@ PerExampleClipper.take = _take
 
 _PER_LAYER = """
 
-def _add(self, losses, batch_size):
+def _add(self, losses, batch_size, padding=0):
     for name in self.parameters if batch_size else ():
         try:
             other = _only(self, [name])
@@ -148,7 +148,7 @@ PerExampleClipper.add, PerExampleClipper.take = _add, _take
 
 _POISONED = """
 
-def _add(self, losses, batch_size):
+def _add(self, losses, batch_size, padding=0):
     _real_add(self, losses, batch_size)
     if batch_size and not _real_norms(self, losses, batch_size).isfinite().all():
         self.mutant_poisoned = True
@@ -164,7 +164,7 @@ PerExampleClipper.add, PerExampleClipper.take = _add, _take
 
 _TWICE = """
 
-def _add(self, losses, batch_size):
+def _add(self, losses, batch_size, padding=0):
     _real_add(self, losses, batch_size)
     _real_add(self, losses, batch_size)
 
@@ -312,11 +312,11 @@ MUTANTS = (
         "noise per micro-batch",
         replaced=(
             (MECHANISM, "sums = self.clipper.take()", "sums = sums or self.clipper.take()"),
-            (MECHANISM, "        if self._rank == 0:\n            self.noise.add_(sums.values())\n", ""),
+            (MECHANISM, "            if self._rank == 0:\n                self.noise.add_(sums.values())\n", ""),
             (
                 MECHANISM,
-                "                self.clipper.add(partial(losses, some), len(some))\n",
-                "                self.clipper.add(partial(losses, some), len(some))\n"
+                "                self.clipper.add(partial(losses, some), len(some), padding)\n",
+                "                self.clipper.add(partial(losses, some), len(some), padding)\n"
                 "                part = self.clipper.take()\n"
                 "                self.noise.add_(part.values())\n"
                 "                sums = {name: sums[name] + part[name] for name in part} if sums else part\n",

@@ -49,7 +49,10 @@ def generated(pipeline: DPSpectralPipeline, model: Any, each: int) -> Labelled:
     chain = DPSpectralPipeline(model, pipeline.image_processor, pipeline.super_resolution, **sampling)
     chain.set_progress_bar_config(disable=True)
     classes = torch.arange(model.config.num_classes)
-    images = chain(classes, each, generator=torch.Generator().manual_seed(0), output_type="pt", batch_size=500).images
+    generator = torch.Generator().manual_seed(0)
+    images = chain(
+        class_labels=classes, num_images=each, generator=generator, output_type="pt", batch_size=500
+    ).images  # fmt: skip
     return images * 2 - 1, classes.repeat_interleave(each)
 
 

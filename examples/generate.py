@@ -2,6 +2,7 @@
 
     python examples/generate.py runs/digits --out images                      # every class, 4 images each
     python examples/generate.py owner/name --out images --class_labels 3 7 --num_images 16 --seed 0
+    python examples/generate.py owner/name --out images --prompt "a red circle" "a blue square" --guidance_scale 3
 
 Drawing images costs no privacy: the guarantee on the pipeline's card covers everything that its model can ever produce.
 """
@@ -43,7 +44,9 @@ def main() -> None:
     parser.add_argument(
         "--class_labels", type=int, nargs="+", help="labels to draw; default all, and none where the model has none"
     )
-    parser.add_argument("--num_images", type=int, default=4, help="images per label; in all where there are no labels")
+    parser.add_argument("--prompt", nargs="+", help="texts to draw, for a model that was trained with captions")
+    parser.add_argument("--negative_prompt", nargs="+", help="what not to draw: one text for all prompts, or one each")
+    parser.add_argument("--num_images", type=int, default=4, help="images per label or prompt; in all without either")
     parser.add_argument("--guidance_scale", type=float, help="above 1: closer to the label, less variety")
     parser.add_argument("--temperature", type=float, help="below 1: the likelier images, less variety")
     parser.add_argument("--top_k", type=int, help="draw every token among the k likeliest; 0 means among all")
@@ -64,9 +67,12 @@ def main() -> None:
     labels = arguments.class_labels or list(range(pipe.model.config.num_classes)) or None
     generator = torch.Generator(arguments.device)
     generator.seed() if arguments.seed is None else generator.manual_seed(arguments.seed)
+    negative = arguments.negative_prompt
     images = pipe(
+        arguments.prompt,
         labels,
         arguments.num_images,
+        negative_prompt=negative[0] if negative and len(negative) == 1 else negative,
         guidance_scale=arguments.guidance_scale,
         temperature=arguments.temperature,
         top_k=arguments.top_k,
@@ -77,9 +83,10 @@ def main() -> None:
     ).images
 
     arguments.out.mkdir(parents=True, exist_ok=True)
-    captions = [str(label) for label in labels for _ in range(arguments.num_images)] if labels else None
+    names = arguments.prompt or [str(label) for label in labels or []]
+    captions = [name for name in names for _ in range(arguments.num_images)]
     for index, image in enumerate(images):
-        label = f"_label{captions[index]}" if captions else ""
+        label = f"_label{captions[index]}" if labels else ""
         image.save(arguments.out / f"{index:05d}{label}.png")
     columns = arguments.num_images if captions else 8
     image_grid(images, columns, captions).save(arguments.out / "grid.png")

@@ -2,9 +2,12 @@
 
     python examples/pretrain.py --codec runs/codec --public glyphs --out runs/prior
     python examples/pretrain.py --codec runs/codec-photos --public path/or/hub-id --out runs/prior-photos
+    python examples/pretrain.py --codec runs/codec-photos --public path/or/hub-id --caption_column caption \
+        --text_encoder sentence-transformers/all-MiniLM-L6-v2 --out runs/prior-text
 
-An ordinary `transformers.Trainer` without privacy: never give it the sensitive images. One label in ten is replaced by
-the null token, so that the model also learns to sample without a class (classifier-free guidance needs that).
+An ordinary `transformers.Trainer` without privacy: never give it the sensitive images. One label or caption in ten is
+left out, so that the model also learns to sample without a condition (classifier-free guidance needs that). Train a
+prior with text here if the private model is to take prompts: what a caption means is then learned from public images.
 """
 
 import argparse
@@ -14,9 +17,10 @@ import torch
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForCausalLM, Trainer, TrainingArguments
 
-import hf_spectral_dp  # noqa: F401  (registers the model with the Auto classes)
+from hf_spectral_dp import SpectralConfig
 from hf_spectral_dp.image_sources import load_images
-from hf_spectral_dp.token_store import build_token_store
+from hf_spectral_dp.text_encoder import load_text_encoder
+from hf_spectral_dp.token_store import TokenStore, build_token_store
 
 CARD = """---
 library_name: hf_spectral_dp
@@ -35,20 +39,22 @@ Rebuild:
 """
 
 
-class Tokens(torch.utils.data.Dataset):
-    """Rows of token ids as the Trainer wants them; some labels become the null token, anew each time."""
+class Rows(torch.utils.data.Dataset):
+    """Rows of a token store as the Trainer wants them; some lose their label or their text, anew each time."""
 
-    def __init__(self, rows: Tensor, null_token: int, dropout: float):
-        self.rows, self.null_token, self.dropout = rows, null_token, dropout
+    def __init__(self, store: TokenStore, config: SpectralConfig, class_dropout: float):
+        self.store, self.config, self.class_dropout = store, config, class_dropout
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.store)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        row = self.rows[index]
-        if torch.rand(()) < self.dropout:
-            row = torch.cat([row.new_tensor([self.null_token]), row[1:]])
-        return {"input_ids": row, "labels": row}
+        row = self.store[index]
+        if torch.rand(()) < self.class_dropout:
+            row["input_ids"][0] = self.config.null_token_id
+        if "text_states" in row and torch.rand(()) < self.config.text_dropout:
+            row["text_states"].zero_()
+        return {**row, "labels": row["input_ids"]}
 
 
 def glyph_rows(count: int, seed: int):
@@ -67,6 +73,11 @@ def main() -> None:
     parser.add_argument("--split", default="train")
     parser.add_argument("--image_column", default="image")
     parser.add_argument("--label_column", default=None)
+    parser.add_argument("--caption_column", default=None, help="with --text_encoder: a model that takes prompts")
+    parser.add_argument("--caption_files", default=None, help="captions beside a folder of images; see load_images")
+    parser.add_argument("--text_encoder", default=None, help="folder or Hub id of a frozen encoder (CLIP, T5, MiniLM)")
+    parser.add_argument("--max_text_tokens", type=int, default=32, help="longer captions and prompts are cut")
+    parser.add_argument("--text_dropout", type=float, default=0.1, help="share of rows without text; 0: no guidance")
     parser.add_argument("--images", type=int, default=50_000, help="how many drawn digits")
     parser.add_argument("--steps", type=int, default=4_000)
     parser.add_argument("--batch_size", type=int, default=256)
@@ -78,10 +89,18 @@ def main() -> None:
     parser.add_argument("--out", required=True)
     arguments = parser.parse_args()
 
-    model = AutoModelForCausalLM.from_pretrained(arguments.codec)
+    encoder, tokenizer, text = None, None, {}
+    if arguments.text_encoder:
+        encoder, tokenizer = load_text_encoder(arguments.text_encoder)
+        text = {name: getattr(arguments, name) for name in ("max_text_tokens", "text_dropout")}
+        text["text_width"] = encoder.config.hidden_size
+    model = AutoModelForCausalLM.from_pretrained(arguments.codec, **text)
     processor = AutoImageProcessor.from_pretrained(arguments.codec)
     glyphs = arguments.public == "glyphs"
-    rows = glyph_rows(arguments.images, arguments.seed) if glyphs else load_images(arguments.public, arguments.split)
+    if glyphs:
+        rows = glyph_rows(arguments.images, arguments.seed)
+    else:
+        rows = load_images(arguments.public, arguments.split, caption_files=arguments.caption_files)
     store = build_token_store(
         rows,
         model,
@@ -89,9 +108,11 @@ def main() -> None:
         Path(arguments.out) / "tokens",
         image_column=arguments.image_column,
         label_column="label" if glyphs else arguments.label_column,
+        caption_column=arguments.caption_column,
+        text_encoder=encoder,
+        tokenizer=tokenizer,
         overwrite=True,
     )
-    tokens = store[range(len(store))]["input_ids"]
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -107,7 +128,7 @@ def main() -> None:
             report_to="none",
             seed=arguments.seed,
         ),
-        train_dataset=Tokens(tokens, model.config.null_token_id, arguments.class_dropout),
+        train_dataset=Rows(store, model.config, arguments.class_dropout),
     )
     trainer.train()
     model.save_pretrained(arguments.out)

@@ -27,15 +27,19 @@ from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForI
 
 from hf_spectral_dp import DPSpectralPipeline, DPTrainer, DPTrainingArguments, PrivacyCard
 from hf_spectral_dp.image_sources import load_images
+from hf_spectral_dp.text_encoder import load_text_encoder
 from hf_spectral_dp.token_store import TokenStore, build_token_store
 
 COLUMNS = {"source", "split", "image_column", "label_column"}
 FIELDS = {
-    "data": COLUMNS | {"config_name", "revision", "num_examples", "description", "unit_column", "max_rows_per_unit"},
-    "model": {"prior", "prior_source", "super_resolution", "super_resolution_source"},
+    "data": COLUMNS
+    | {"config_name", "revision", "num_examples", "description", "unit_column", "max_rows_per_unit"}
+    | {"caption_column", "caption_files"},
+    "model": {"prior", "prior_source", "super_resolution", "super_resolution_source"}
+    | {"text_encoder", "text_encoder_source", "max_text_tokens"},
     "training": set(DPTrainingArguments.__dataclass_fields__) - {"output_dir"},
     "sampling": {"guidance_scale", "temperature", "top_k", "top_p"},
-    "card": {"license", "hyperparameter_tuning", "outside_guarantee"},
+    "card": {"license", "hyperparameter_tuning", "outside_guarantee", "prompts"},
     "evaluation": COLUMNS | {"images_per_class", "twin_epochs"},
 }
 REQUIRED = {
@@ -57,6 +61,12 @@ def read_config(path: str) -> dict[str, Any]:
             raise ValueError(f"{path}: {section} has unknown fields {sorted(unknown)}; it knows {sorted(fields)}.")
         if missing := REQUIRED.get(section, set()) - given:
             raise ValueError(f"{path}: {section} lacks {sorted(missing)}; examples/configs/demo.yaml explains them.")
+    needed = ("data.caption_column", "model.text_encoder", "model.text_encoder_source", "card.prompts")
+    missing = [name for name in needed if not config[name.split(".")[0]].get(name.split(".")[1])]
+    if missing and missing != list(needed):
+        raise ValueError(f"{path} lacks {', '.join(missing)}; a model with text needs all of {', '.join(needed)}.")
+    if not missing and config["evaluation"]:
+        raise ValueError(f"{path}: evaluation trains classifiers on class labels, which a model with text has none of.")
     return config
 
 
@@ -67,18 +77,21 @@ def located(name: str) -> str:
     return str(importlib.resources.files("hf_spectral_dp") / "checkpoints" / name.removeprefix("bundled:"))
 
 
-def tokenise(config: dict[str, Any], model: Any, processor: Any, folder: Path) -> TokenStore:
+def tokenise(config: dict[str, Any], model: Any, processor: Any, text: tuple[Any, Any], folder: Path) -> TokenStore:
     """The token rows: made once by the first process of the machine, opened by the others and by resumed runs."""
     data = config["data"]
-    options = {name: data[name] for name in ("config_name", "revision") if name in data}
+    options = {name: data[name] for name in ("config_name", "revision", "caption_files") if name in data}
     with PartialState().local_main_process_first():
         if not folder.exists():
             images = load_images(data["source"], data["split"], **options)
-            optional = ("image_column", "label_column", "unit_column", "max_rows_per_unit")
+            optional = ("image_column", "label_column", "caption_column", "unit_column", "max_rows_per_unit")
             columns = {name: data[name] for name in optional if name in data}
-            build_token_store(images, model, processor, folder, **columns)
+            encoder, tokenizer = text
+            build_token_store(images, model, processor, folder, **columns, text_encoder=encoder, tokenizer=tokenizer)
     store = TokenStore.load(folder)
     store.check_codec(model)
+    if store.captions is not None:
+        store.captions.check_encoder(*text)
     return store
 
 
@@ -106,25 +119,35 @@ def main() -> None:
         print(f"plan: {plan.steps} steps, sampling rate {plan.sampling_rate:g}, noise {plan.noise_multiplier:g},"
               f" epsilon {plan.epsilon():.4f} at delta {plan.delta:.3g}")  # fmt: skip
     prior = located(config["model"]["prior"])
-    model, processor = AutoModelForCausalLM.from_pretrained(prior), AutoImageProcessor.from_pretrained(prior)
+    text, textual = (None, None), {}
+    if config["model"].get("text_encoder"):
+        text = load_text_encoder(located(config["model"]["text_encoder"]))
+        textual = {"text_width": text[0].config.hidden_size}  # a prior without text gets new weights for it
+        if "max_text_tokens" in config["model"]:
+            textual["max_text_tokens"] = config["model"]["max_text_tokens"]
+    model = AutoModelForCausalLM.from_pretrained(prior, **textual)
+    processor = AutoImageProcessor.from_pretrained(prior)
     network = config["model"]["super_resolution"]  # ours, Swin2SR or their kind; none where the tokens need none
     detail = AutoModelForImageToImage.from_pretrained(located(network)) if network else None
-    DPSpectralPipeline(model, processor, detail, **config["sampling"])
+    DPSpectralPipeline(model, processor, detail, *text, **config["sampling"])
 
     # 2. Images to tokens, tokens to a private model.
-    store = tokenise(config, model, processor, output / "tokens")
+    store = tokenise(config, model, processor, text, output / "tokens")
     trainer = DPTrainer(model, args, store)
     trainer.train(resume_from_checkpoint=arguments.resume or None)
     if not trainer.is_world_process_zero():
         return
 
     # 3. The pipeline with samples of a fixed seed, not picked by hand.
-    pipeline = DPSpectralPipeline(trainer.merged_model().cpu().eval(), processor, detail, **config["sampling"])
+    merged = trainer.merged_model().cpu().eval()
+    pipeline = DPSpectralPipeline(merged, processor, detail, *text, **config["sampling"])
     folder = output / "pipeline"
     pipeline.save_pretrained(folder)
     classes = torch.arange(model.config.num_classes).repeat(8) if model.config.num_classes else None
+    prompts = config["card"].get("prompts")
+    each = 8 if prompts else 1 if classes is not None else 64
     generator = torch.Generator().manual_seed(0)
-    images = pipeline(classes, 1 if classes is not None else 64, generator=generator).images
+    images = pipeline(prompts, classes, each, generator=generator).images
     image_grid(images, columns=model.config.num_classes or 8).save(folder / "samples.png")
 
     # 4. The card, from the run itself.
@@ -134,12 +157,14 @@ def main() -> None:
         section = config["evaluation"]
         outside.append(f"The figures under Evaluation: measured on images of {section['source']}, {section['split']}.")
     models = config["model"]
+    encoder = [{"role": "text encoder", "source": models["text_encoder_source"]}] if prompts else []
     report = {
         **trainer.privacy_report(),
         "data": {"name": data["source"], "split": data["split"], "description": data.get("description", "")},
         "public_components": [
             {"role": "codec and prior", "source": models["prior_source"]},
             {"role": "super-resolution", "source": models["super_resolution_source"]},
+            *encoder,
         ],
         "hyperparameter_tuning": config["card"]["hyperparameter_tuning"],
         "outside_guarantee": outside,

@@ -131,9 +131,9 @@ def noise_from_the_global_seed(monkeypatch):
 def clipped_to_twice_the_norm(monkeypatch):
     add = PerExampleClipper.add
 
-    def doubled(self, losses, batch_size):
-        add(self, losses, batch_size)
-        add(self, losses, batch_size)
+    def doubled(self, losses, batch_size, padding=0):
+        add(self, losses, batch_size, padding)
+        add(self, losses, batch_size, padding)
 
     monkeypatch.setattr(PerExampleClipper, "add", doubled)
 

@@ -205,7 +205,7 @@ def test_every_row_is_used_once_in_every_pass(tmp_path):
     trainer = DPTrainer(tiny_model(), args, stream)
     used = []
     losses = trainer._losses
-    trainer._losses = lambda model, rows: used.extend(map(tuple, rows.tolist())) or losses(model, rows)
+    trainer._losses = lambda model, rows: used.extend(map(tuple, rows["input_ids"].tolist())) or losses(model, rows)
     trainer.train()
     assert trainer.plan.steps == 10 and trainer.plan.steps_per_pass == 5
     assert used == [tuple(row) for row in stream.rows.tolist()] * 2
@@ -216,9 +216,7 @@ def test_a_null_row_moves_one_sum_per_pass_by_at_most_the_clipping_norm(tmp_path
     """The zero-out neighbour: other batches keep their rows. If null rows took no place, all later sums would move."""
     place, sums = 14, []
     for run, null in enumerate([(), (place,)]):
-        args = arguments(
-            tmp_path / str(run), sampling="single_pass", num_examples=60, max_steps=10, learning_rate=0.0
-        )
+        args = arguments(tmp_path / str(run), sampling="single_pass", num_examples=60, max_steps=10, learning_rate=0.0)
         trainer = DPTrainer(tiny_model(), args, Stream(null=null))
         sums.append(torch.stack(sums_of(trainer)))
     moved = (sums[0] - sums[1]).norm(dim=1)

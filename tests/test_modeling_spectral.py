@@ -6,12 +6,14 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from hf_spectral_dp import SpectralConfig, SpectralTokenizerForCausalLM, modeling_spectral
+from hf_spectral_dp.sampling import draw
 
 torch.set_num_threads(1)
 
@@ -50,15 +52,15 @@ def assert_legal(tokens: torch.Tensor) -> None:
 
 @pytest.fixture
 def drawn(monkeypatch) -> list[torch.Tensor]:
-    """The logits that `sample` draws from, one entry per position."""
+    """The logits that `sample` draws from, one entry (rows, vocabulary) per position."""
     seen: list[torch.Tensor] = []
-    draw = modeling_spectral._draw
 
     def record(logits, *arguments):
-        seen.append(logits.clone())
+        first = 16 * (len(seen) // 4)  # only the codes of the position's scale are computed
+        seen.append(F.pad(logits, (first, CODES + CLASSES + 1 - 16 - first), value=float("-inf")))
         return draw(logits, *arguments)
 
-    monkeypatch.setattr(modeling_spectral, "_draw", record)
+    monkeypatch.setattr(modeling_spectral, "draw", record)
     return seen
 
 
@@ -165,28 +167,6 @@ def test_samples_follow_the_probabilities(model):
     # Five standard deviations of a frequency, plus room for codes that are drawn once.
     bound = 5 * (probabilities * (1 - probabilities) / number).sqrt() + 2 / number
     assert ((frequencies - probabilities).abs() <= bound).all()
-
-
-@pytest.mark.parametrize(
-    ("top_k", "top_p", "kept"),
-    [
-        (0, 1.0, {0, 1, 2, 3}),
-        (1, 1.0, {0}),
-        (2, 1.0, {0, 1}),
-        (9, 1.0, {0, 1, 2, 3}),
-        (0, 1e-9, {0}),
-        (0, 0.45, {0}),
-        (0, 0.55, {0, 1}),
-        (0, 0.85, {0, 1, 2}),
-        (2, 0.99, {0, 1}),
-        (3, 0.55, {0}),  # the nucleus is taken of the mass of the three codes: 5/9, 3/9, 1/9
-        (3, 0.56, {0, 1}),
-    ],
-)
-def test_top_k_and_top_p_by_hand(top_k, top_p, kept):
-    logits = torch.tensor([0.5, 0.3, 0.1, 0.1 - 1e-3]).log().repeat(2000, 1)
-    chosen = modeling_spectral._draw(logits, top_k, top_p, torch.Generator().manual_seed(0))
-    assert set(chosen.tolist()) == kept
 
 
 def test_a_generator_reproduces_samples_and_spares_the_global_one(model):
@@ -474,7 +454,7 @@ def test_accumulated_batches_of_the_plain_trainer_equal_one_batch(tmp_path):
         ({"num_samples": 1, "top_p": 1.1}, "top_p=1.1"),
         ({"num_samples": 1, "top_p": float("nan")}, "top_p=nan"),
         ({"num_samples": 1, "top_k": -1}, "top_k=-1 >= 0"),
-        ({"num_samples": 1, "guidance_scale": 2.0}, "guidance_scale=2.0 .*needs class_labels; use 1.0"),
+        ({"num_samples": 1, "guidance_scale": 2.0}, "guidance_scale=2.0 .*needs class_labels or text_states; use 1.0"),
         ({"class_labels": torch.tensor([1]), "guidance_scale": float("nan")}, "guidance_scale=nan must be finite"),
         ({"class_labels": torch.tensor([1]), "guidance_scale": float("inf")}, "guidance_scale=inf"),
     ],

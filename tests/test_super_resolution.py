@@ -5,7 +5,13 @@ import torch
 import torch.nn.functional as F
 from transformers import Swin2SRConfig, Swin2SRForImageSuperResolution
 
-from hf_spectral_dp.super_resolution import SpectralSuperResolution, SpectralSuperResolutionConfig, upscale
+from hf_spectral_dp.super_resolution import (
+    SpectralSuperResolution,
+    SpectralSuperResolutionConfig,
+    Upscaler,
+    upscale,
+    upscaler,
+)
 from hf_spectral_dp.wavelets import dwt2
 
 torch.set_num_threads(1)
@@ -128,3 +134,67 @@ def test_errors_name_value_and_remedy():
         SpectralSuperResolutionConfig(scale=3)
     with pytest.raises(ValueError, match="num_channels=2"):
         SpectralSuperResolutionConfig(num_channels=2)
+
+
+# Tiles.
+
+
+@pytest.mark.parametrize("size", [(16, 16), (29, 17), (5, 40)])
+@pytest.mark.parametrize(("scale", "overlap"), [(2, 6), (4, 9)])  # 2 + 2 * 1 convolutions, bicubic 2; then half of it
+@torch.no_grad()
+def test_tiles_of_a_local_network_leave_no_seam(size, scale, overlap):
+    images = torch.rand(2, 3, *size) * 2 - 1
+    enlarge = upscaler(network(3, scale))
+    whole = enlarge(images)
+    tiled = enlarge(images, tile_size=8, tile_overlap=overlap)
+    torch.testing.assert_close(tiled, whole, atol=1e-5, rtol=0)
+    assert (enlarge(images, tile_size=8, tile_overlap=0) - whole).abs().max() > 1e-3  # the overlap matters here
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bicubic", "lanczos"])
+def test_tiles_of_plain_resampling_leave_no_seam(mode):
+    images = torch.rand(1, 1, 13, 21) * 2 - 1
+    enlarge = upscaler(mode, scale=3)
+    torch.testing.assert_close(enlarge(images, tile_size=5, tile_overlap=4), enlarge(images), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_tiles_see_no_more_than_they_should():
+    seen = []
+    enlarge = Upscaler(1, lambda images: (seen.append(images.shape[-2:]), images)[1])
+    images = torch.rand(1, 3, 20, 20)
+    assert torch.equal(enlarge(images, tile_size=8, tile_overlap=2), images)
+    assert len(seen) == 9 and max(max(shape) for shape in seen) == 12
+
+
+# Devices, precision and compilation.
+
+
+@torch.no_grad()
+def test_half_precision_models_give_images_of_the_input_s_precision():
+    images = torch.rand(1, 3, 8, 8) * 2 - 1
+    for model in (network(3, wild=False), swin()):
+        expected = upscale(model, images)
+        found = upscale(model.to(torch.bfloat16), images)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, expected, atol=0.05, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_compiled_models_are_known():
+    images = torch.rand(1, 3, 8, 8) * 2 - 1
+    for model in (network(3), swin()):
+        expected = upscale(model, images)
+        wrapped = torch.compile(model, backend="eager")
+        torch.testing.assert_close(upscale(wrapped, images, scale=2), expected)
+        model.compile(backend="eager")  # in place, as users of diffusers do
+        torch.testing.assert_close(upscale(model, images), expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+def test_a_backend_that_does_not_keep_its_word_is_refused():
+    with pytest.raises(ValueError, match=r"the upscaler made \(1, 3, 4, 4\) of \(1, 3, 4, 4\), which is not scale=2"):
+        Upscaler(2, lambda images: images)(torch.zeros(1, 3, 4, 4))
+    with pytest.raises(ValueError, match="tile_size=0 must be at least 1"):
+        Upscaler(1, lambda images: images)(torch.zeros(1, 3, 4, 4), tile_size=0)

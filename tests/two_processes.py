@@ -9,6 +9,7 @@ import torch.distributed as dist
 from conftest import tiny_model
 from test_clipping import llama, losses_of, token_rows
 from test_trainer import Rows, arguments
+from torch.distributed.fsdp import fully_shard
 
 from hf_spectral_dp import DPTrainer
 from hf_spectral_dp.privacy.clipping import PerExampleClipper
@@ -27,16 +28,25 @@ class WatchedRows(Rows):
         return super().__getitem__(indices)
 
 
-def release(folder: Path, rank: int) -> None:
-    """The mechanism on one batch of seven rows, three here and four there: without noise, and of noise alone."""
-    model, rows = llama(), token_rows(7, 12)
-    mine = rows[:3] if rank == 0 else rows[3:]
+def release(folder: Path, rank: int, name: str, tied: bool = False, sharded: bool = False) -> None:
+    """The mechanism on one batch of seven rows, two here and five there: without noise, and of noise alone."""
+    model, rows = llama(tied), token_rows(7, 12)
+    mine = rows[:2] if rank == 0 else rows[2:]
+    if sharded:
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
     clipper = PerExampleClipper(model, 0.3)
-    mechanisms = {"summed": NoisyClippedMean(clipper, 0.0, 10.0, 2, rank, 2)}
-    mechanisms["noise"] = NoisyClippedMean(clipper, 2.0, 10.0, 2, rank, 2)
-    found = {"summed": mechanisms["summed"].release(mine, lambda some: losses_of(model, some))}
-    found["noise"] = mechanisms["noise"].release(mine[:0], lambda some: losses_of(model, some))
-    torch.save(found, folder / f"release-{rank}.pt")
+    summing = NoisyClippedMean(clipper, 0.0, 10.0, 2, rank, 2)  # one pass here, three there
+    noisy = NoisyClippedMean(clipper, 2.0, 10.0, 2, rank, 2)
+    found = {
+        "summed": summing.release(mine, lambda some: losses_of(model, some)),
+        "first only": summing.release(mine[: 2 * (1 - rank)], lambda some: losses_of(model, some)),
+        "noise": noisy.release(mine[:0], lambda some: losses_of(model, some)),
+    }
+    if sharded:
+        found = {what: {key: value.full_tensor() for key, value in sums.items()} for what, sums in found.items()}
+    torch.save(found, folder / f"{name}-{rank}.pt")
 
 
 def train(folder: Path, rank: int, name: str, **changes) -> None:
@@ -55,5 +65,7 @@ if __name__ == "__main__":
     train(folder, rank, "all weights")
     train(folder, rank, "adapters", lora_rank=2)
     train(folder, rank, "small batches", expected_batch_size=1)
-    release(folder, rank)
+    release(folder, rank, "copies")
+    release(folder, rank, "shards", sharded=True)
+    release(folder, rank, "shards, tied", tied=True, sharded=True)
     dist.destroy_process_group()

@@ -1,6 +1,6 @@
 """The batches of `DPTrainer`: drawn by the plan's own sampler, from an index or a stream, and accepted once each."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,8 @@ def count_units(dataset: Any, args: DPTrainingArguments) -> int:
 
 class BatchLoader:
     """One batch per step until all steps are charged: {"input_ids": (b, 1 + T)} of this process; b may be 0.
+
+    Other columns of the data come along, row by row: "text_states" of a token store with captions.
 
     Formal guarantee: whatever calls the loop, a batch that `accept` lets through was drawn by the sampler that
     `plan.epsilon` is proven for, is the latest that it drew, and was not let through before. A batch of a single pass
@@ -110,8 +112,12 @@ class BatchLoader:
             for number, rows in enumerate(sampler.batches(self._dataset)):
                 if self._charged() % self._plan.steps_per_pass != number:
                     raise RuntimeError("a pass was left before its end, so a row would be used twice; start a new run.")
-                ids = [torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows]
-                yield {"input_ids": torch.stack(ids) if ids else torch.zeros((0, 1), dtype=torch.long)}
+                batch = {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in _columns(rows)}
+                yield {**batch, "input_ids": batch["input_ids"].long() if rows else torch.zeros((0, 1)).long()}
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [name for name in ("input_ids", "text_states") if rows and name in rows[0]]
 
 
 __all__ = ["BatchLoader", "count_units"]

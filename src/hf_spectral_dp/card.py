@@ -134,10 +134,11 @@ class PrivacyCard:
             license: identifier for the Hub, such as "apache-2.0".
             samples: show `samples.png`.
         """
+        text = self.report["training"].get("conditioning") == "text"
         data = ModelCardData(
             license=license,
             library_name="diffusers",
-            pipeline_tag="unconditional-image-generation",
+            pipeline_tag="text-to-image" if text else "unconditional-image-generation",
             tags=["differential-privacy", "dp-sgd", "wavelet", "hf_spectral_dp"],
         )
         report = self.report

@@ -6,6 +6,7 @@ Codebooks are fitted on PUBLIC images only (`fit`) and never change afterwards; 
 per-image map and touches no other image.
 """
 
+import hashlib
 from functools import lru_cache
 
 import torch
@@ -152,3 +153,13 @@ class SpectralCodec(nn.Module):
             report["relative_error"].append(float(error / energy) if energy else 0.0)
             report["used"].append(len(set(assigned.tolist())) / scale.codes)
         return report
+
+
+def codec_fingerprint(codec: nn.Module) -> str:
+    """SHA-256 (hex) of a codec's buffers: names, shapes and float32 values. Two equal codecs give equal tokens."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(codec.state_dict().items()):
+        values = tensor.detach().to("cpu", torch.float32).contiguous().numpy()
+        digest.update(f"{name}{values.shape}".encode())
+        digest.update(values.astype("<f4").tobytes())
+    return digest.hexdigest()

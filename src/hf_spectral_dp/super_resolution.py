@@ -6,11 +6,15 @@ blocks of `scale` x `scale` pixels *is* its input, which is the same as keeping 
 three detail bands; it therefore never contradicts the private model.
 """
 
-from typing import Literal, get_args
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import DiffusionPipeline
 from huggingface_hub.dataclasses import strict
 from PIL import Image
 from torch import Tensor, nn
@@ -137,35 +141,210 @@ class SpectralSuperResolution(PreTrainedModel):
         return images
 
 
-def upscale(backend: PreTrainedModel | Resampling, images: Tensor, scale: int | None = None) -> Tensor:
-    """Upscales images with any backend: ours, a transformers image-to-image model, or plain resampling.
+@dataclass(frozen=True)
+class Upscaler:
+    """One call for all backends; `upscaler` makes it.
+
+    Attributes:
+        scale: output side over input side.
+        run: enlarges images (B, C, h, w) in [-1, 1]; any device and dtype come out.
+        channels: what `run` takes; grey images are repeated on 3 channels and averaged back. None: it says so itself.
+        multiple: h and w that `run` takes are multiples of this; images are padded by their edge pixels and cut again.
+        name: for errors.
+    """
+
+    scale: int
+    run: Callable[[Tensor], Tensor]
+    channels: int | None = None
+    multiple: int = 1
+    name: str = "the upscaler"
+
+    def __call__(self, images: Tensor, tile_size: int | None = None, tile_overlap: int = 32) -> Tensor:
+        """Enlarges images (B, 1 or 3, h, w) in [-1, 1]: (B, same, scale * h, scale * w), same device and dtype.
+
+        Args:
+            tile_size: side in input pixels of the squares that are enlarged one after the other, so that memory does
+                not grow with the image; None enlarges images as a whole.
+            tile_overlap: input pixels around a square that the backend sees and that are cut off again. There is no
+                seam if no output pixel depends on input farther away than that. For a backend with windows, both
+                are best multiples of the window.
+
+        Raises:
+            ValueError: wrong shape, a tile that is too small, or an output of another size than `scale` says.
+        """
+        if images.ndim != 4 or images.shape[1] not in (1, 3):
+            raise ValueError(f"images has shape {tuple(images.shape)}; expected (B, 1 or 3, h, w).")
+        if tile_size is None:
+            return self._whole(images)
+        if tile_size < 1 or tile_overlap < 0:
+            raise ValueError(f"tile_size={tile_size} must be at least 1, tile_overlap={tile_overlap} at least 0.")
+        (height, width), scale = images.shape[-2:], self.scale
+        result = images.new_empty(*images.shape[:2], height * scale, width * scale)
+        for top in range(0, height, tile_size):
+            for left in range(0, width, tile_size):
+                above, beside = max(0, top - tile_overlap), max(0, left - tile_overlap)
+                bottom, right = min(height, top + tile_size), min(width, left + tile_size)
+                part = self._whole(images[:, :, above : bottom + tile_overlap, beside : right + tile_overlap])
+                rows = slice((top - above) * scale, (bottom - above) * scale)
+                columns = slice((left - beside) * scale, (right - beside) * scale)
+                result[:, :, top * scale : bottom * scale, left * scale : right * scale] = part[:, :, rows, columns]
+        return result
+
+    def _whole(self, images: Tensor) -> Tensor:
+        (height, width), channels = images.shape[-2:], images.shape[1]
+        padded = F.pad(images, (0, -width % self.multiple, 0, -height % self.multiple), mode="replicate")
+        repeated = self.channels == 3 and channels == 1
+        result = self.run(padded.expand(-1, 3, -1, -1) if repeated else padded)
+        expected = (len(images), *padded.shape[1:2], padded.shape[2] * self.scale, padded.shape[3] * self.scale)
+        if repeated:
+            result = result.mean(1, keepdim=True)
+        if result.shape != expected:
+            raise ValueError(
+                f"{self.name} made {tuple(result.shape)} of {tuple(padded.shape)}, which is not scale={self.scale}."
+            )
+        return result[:, :, : height * self.scale, : width * self.scale].to(images).clamp(-1, 1)
+
+
+def upscaler(backend: Any, scale: int | None = None, **options: Any) -> Upscaler:
+    """One call for any super-resolution backend.
 
     Args:
-        backend: `SpectralSuperResolution`; a transformers model whose output has `reconstruction`, such as
-            `Swin2SRForImageSuperResolution` (RGB in [0, 1]; grey images are repeated on three channels and averaged
-            back); or "nearest", "bicubic", "lanczos".
-        images: (B, C, h, w) in [-1, 1], C = 1 or 3.
-        scale: factor of plain resampling (default 2). A model brings its own; give it only to have it checked.
-
-    Returns:
-        (B, C, scale * h, scale * w) in [-1, 1], same device as `images`.
+        backend: one of
+            - "nearest", "bicubic", "lanczos": plain resampling, no new detail;
+            - `SpectralSuperResolution`, or a transformers model whose output has `reconstruction`, such as
+              `Swin2SRForImageSuperResolution`; also compiled by `torch.compile`;
+            - a diffusers pipeline: `StableDiffusionUpscalePipeline`, `LDMSuperResolutionPipeline` or
+              `StableDiffusionLatentUpscalePipeline`;
+            - an image model that `spandrel` loaded (`spandrel.ModelLoader().load_from_file(...)`);
+            - an `Upscaler`: returned as it is.
+            It must have been trained on PUBLIC images; then it costs no privacy.
+        scale: factor of plain resampling (default 2). A model brings its own.
+        options: for a diffusers pipeline, what its call takes: `prompt` (default: none; one text for all images),
+            `generator`, `num_inference_steps`, ...
 
     Raises:
-        ValueError: unknown resampling mode, scale below 1, wrong shape, or a model with another scale.
-        TypeError: a model whose output is no image.
+        ValueError: unknown resampling mode, scale below 1, or options for a backend that takes none.
+        TypeError: a backend of another kind.
     """
-    if images.ndim != 4 or images.shape[1] not in (1, 3):
-        raise ValueError(f"images has shape {tuple(images.shape)}; expected (B, 1 or 3, h, w).")
-    if isinstance(backend, str):
-        return _resample(images, backend, 2 if scale is None else scale)
-    if isinstance(backend, SpectralSuperResolution):
-        result = backend(images.to(backend.device))
+    model = getattr(backend, "_orig_mod", backend)  # what torch.compile wrapped
+    name = type(model).__name__
+    if isinstance(backend, DiffusionPipeline):
+        made = _diffusers_upscaler(backend, options)
+    elif options:
+        raise ValueError(f"{sorted(options)} are options of diffusers pipelines; {name} takes none.")
+    elif isinstance(backend, Upscaler):
+        made = backend
+    elif isinstance(backend, str):
+        made = _resampler(backend, 2 if scale is None else scale)
+    elif isinstance(model, SpectralSuperResolution):
+        made = Upscaler(model.config.scale, lambda images: backend(images.to(model.device)), name=name)
+    elif isinstance(model, PreTrainedModel):
+        made = _transformers_upscaler(backend, model)
+    elif isinstance(model, _spandrel_models()):
+        made = _spandrel_upscaler(backend)
     else:
-        result = _image_to_image(backend, images)
-    factor = result.shape[-1] // images.shape[-1]
-    if scale is not None and factor != scale:
-        raise ValueError(f"scale={scale} but {type(backend).__name__} upscales by {factor}; leave scale unset.")
-    return result.to(images.device).clamp(-1, 1)
+        raise TypeError(
+            f"super-resolution by a {name} is unknown; use a transformers image-to-image model, a diffusers upscaler, a"
+            f" spandrel model, or one of {', '.join(RESAMPLING_MODES)}."
+        )
+    if scale is not None and made.scale != scale:
+        raise ValueError(f"scale={scale} but {name} upscales by {made.scale}; leave scale unset.")
+    return made
+
+
+def upscale(backend: Any, images: Tensor, scale: int | None = None, **options: Any) -> Tensor:
+    """Enlarges images (B, 1 or 3, h, w) in [-1, 1] by any backend: `upscaler(backend, scale, **options)(images)`."""
+    return upscaler(backend, scale, **options)(images)
+
+
+def _diffusers_upscaler(pipeline: DiffusionPipeline, options: dict[str, Any]) -> Upscaler:
+    """One of the three upscaling pipelines of diffusers, whose modules take a second to import: only where one is."""
+    from diffusers import (
+        LDMSuperResolutionPipeline,
+        StableDiffusionLatentUpscalePipeline,
+        StableDiffusionUpscalePipeline,
+    )
+
+    name = type(pipeline).__name__
+    halvings = len(pipeline.unet.config.block_out_channels) - 1 if hasattr(pipeline, "unet") else 0
+    if isinstance(pipeline, LDMSuperResolutionPipeline):
+        # Tensors are taken as they are, in [-1, 1]; the latents have the side of the small image.
+        def run(images: Tensor) -> Tensor:
+            return pipeline(image=images, output_type="pt", **options).images * 2 - 1
+
+        return Upscaler(2 ** (len(pipeline.vqvae.config.block_out_channels) - 1), run, 3, 2**halvings, name)
+    if isinstance(pipeline, StableDiffusionUpscalePipeline):
+        scale, multiple = pipeline.vae_scale_factor, max(pipeline.vae_scale_factor, 2**halvings)
+    elif isinstance(pipeline, StableDiffusionLatentUpscalePipeline):
+        scale, multiple = 2, pipeline.vae_scale_factor * 2**halvings
+    else:
+        raise TypeError(
+            f"{name} is no upscaler; use StableDiffusionUpscalePipeline, LDMSuperResolutionPipeline or"
+            " StableDiffusionLatentUpscalePipeline."
+        )
+    prompt = options.get("prompt", "")
+    if not isinstance(prompt, str):
+        raise ValueError(f"prompt={prompt!r} must be one text, which holds for all images.")
+    if not prompt and not options.get("negative_prompt"):
+        options = {
+            "guidance_scale": 1.0,
+            **options,
+        }  # guidance between two empty texts is the same image at twice the cost
+
+    def run_with_text(images: Tensor) -> Tensor:
+        texts = {key: [options.get(key) or ""] * len(images) for key in ("prompt", "negative_prompt")}
+        pixels = ((images + 1) / 2).clamp(0, 1)
+        return pipeline(image=pixels, output_type="pt", **{**options, **texts}).images * 2 - 1
+
+    return Upscaler(scale, run_with_text, 3, multiple, name)
+
+
+def _transformers_upscaler(backend: Callable[..., Any], model: PreTrainedModel) -> Upscaler:
+    """A transformers image-to-image model, which takes and returns RGB in [0, 1]."""
+    name = type(model).__name__
+    scale = getattr(model.config, "upscale", None)
+    if not isinstance(scale, int):
+        raise TypeError(
+            f"super_resolution is a {name}, whose config has no integer `scale` or `upscale`; use"
+            " SpectralSuperResolution or Swin2SRForImageSuperResolution."
+        )
+
+    def run(images: Tensor) -> Tensor:
+        pixels = ((images + 1) / 2).to(model.device, model.dtype)
+        return backend(pixel_values=pixels).reconstruction.float() * 2 - 1
+
+    # Padded by us: the model's own reflection padding fails for images smaller than its window.
+    return Upscaler(scale, run, 3, getattr(model.config, "window_size", 1), name)
+
+
+def _spandrel_models() -> tuple[type, ...]:
+    """The class of spandrel's image models, if anybody imported it: otherwise no object can be one."""
+    spandrel = sys.modules.get("spandrel")
+    return () if spandrel is None else (spandrel.ImageModelDescriptor,)
+
+
+def _spandrel_upscaler(descriptor: Any) -> Upscaler:
+    """A model of spandrel, which takes one image in [0, 1] at a time and pads it as its architecture needs."""
+
+    def run(images: Tensor) -> Tensor:
+        pixels = ((images + 1) / 2).clamp(0, 1).to(descriptor.device, descriptor.dtype)
+        return torch.cat([descriptor(image) for image in pixels.split(1)]).float() * 2 - 1
+
+    if descriptor.input_channels != descriptor.output_channels:
+        raise TypeError(
+            f"this {descriptor.architecture.name} model takes {descriptor.input_channels} channels and returns"
+            f" {descriptor.output_channels}; use one that returns images like its input."
+        )
+    return Upscaler(descriptor.scale, run, descriptor.input_channels, name=f"spandrel's {descriptor.architecture.name}")
+
+
+def _resampler(mode: str, scale: int) -> Upscaler:
+    """Plain resampling by an integer factor."""
+    if mode not in RESAMPLING_MODES:
+        raise ValueError(f"resampling mode {mode!r} is unknown; use one of {', '.join(RESAMPLING_MODES)}.")
+    if scale < 1:
+        raise ValueError(f"scale={scale} must be at least 1.")
+    return Upscaler(scale, lambda images: _resample(images, mode, scale), name=mode)
 
 
 def _bicubic(images: Tensor, scale: int) -> Tensor:
@@ -174,10 +353,6 @@ def _bicubic(images: Tensor, scale: int) -> Tensor:
 
 def _resample(images: Tensor, mode: str, scale: int) -> Tensor:
     """Plain resampling of (B, C, h, w) by an integer factor; Lanczos as in Pillow."""
-    if mode not in RESAMPLING_MODES:
-        raise ValueError(f"resampling mode {mode!r} is unknown; use one of {', '.join(RESAMPLING_MODES)}.")
-    if scale < 1:
-        raise ValueError(f"scale={scale} must be at least 1.")
     if mode == "nearest":
         return F.interpolate(images, scale_factor=float(scale), mode="nearest")
     if mode == "bicubic":
@@ -188,25 +363,15 @@ def _resample(images: Tensor, mode: str, scale: int) -> Tensor:
         for plane in images.detach().float().cpu().reshape(-1, height, width).numpy()
     ]
     result = torch.from_numpy(np.stack(planes)) if planes else torch.zeros(0)
-    return result.view(batch, channels, height * scale, width * scale).to(images.device).clamp(-1, 1)
+    return result.view(batch, channels, height * scale, width * scale).to(images.device)
 
 
-def _image_to_image(model: PreTrainedModel, images: Tensor) -> Tensor:
-    """Runs a transformers image-to-image model, which takes and returns RGB in [0, 1]."""
-    height, width = images.shape[-2:]
-    window = getattr(model.config, "window_size", 1)
-    # Padded here, by edge pixels: the model's own reflection padding fails for images smaller than its window.
-    padded = F.pad(images, (0, -width % window, 0, -height % window), mode="replicate")
-    pixels = (padded.expand(-1, 3, -1, -1) + 1) / 2
-    reconstruction = getattr(model(pixel_values=pixels.to(model.device, model.dtype)), "reconstruction", None)
-    if not isinstance(reconstruction, Tensor) or reconstruction.ndim != 4:
-        raise TypeError(
-            f"{type(model).__name__} returns no `reconstruction` (B, 3, H, W); use an image-to-image model such as"
-            " Swin2SRForImageSuperResolution, SpectralSuperResolution, or a resampling mode."
-        )
-    factor = reconstruction.shape[-1] // padded.shape[-1]
-    result = reconstruction[:, :, : height * factor, : width * factor].float() * 2 - 1
-    return result.mean(1, keepdim=True) if images.shape[1] == 1 else result
-
-
-__all__ = ["RESAMPLING_MODES", "Resampling", "SpectralSuperResolution", "SpectralSuperResolutionConfig", "upscale"]
+__all__ = [
+    "RESAMPLING_MODES",
+    "Resampling",
+    "SpectralSuperResolution",
+    "SpectralSuperResolutionConfig",
+    "Upscaler",
+    "upscale",
+    "upscaler",
+]

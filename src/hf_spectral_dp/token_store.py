@@ -1,6 +1,6 @@
-"""Streamed images to memory-mapped token rows; one row is one image.
+"""Streamed images to memory-mapped token rows; one row is one image with its label or its captions.
 
-An image is one privacy unit, unless a column names the person it belongs to: then all rows of a person are.
+It is one privacy unit, unless a column names the person it belongs to: then all rows of a person are.
 
 Images pass through once, in batches: decode, preprocess, encode, append to an Arrow file. Memory is bounded by one
 batch whatever the number of images. The rows are then read by index through the page cache, because Poisson sampling
@@ -14,7 +14,6 @@ import hashlib
 import itertools
 import json
 import logging
-import math
 import os
 import shutil
 import tempfile
@@ -23,15 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL.Image
 import pyarrow as pa
 import torch
 from datasets import ClassLabel, Dataset
 from datasets import Image as ImageFeature
 from tqdm.auto import tqdm
 
-from .image_sources import UndecodableImageError, decode_image, load_images
+from .captions import Captions, CaptionWriter, captions_of
+from .codec import codec_fingerprint
+from .image_sources import decode_batch, load_images
 from .privacy.units import FirstRows
+from .text_encoder import check_text_encoder
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,6 @@ _TOKENS = "tokens.arrow"
 _FACTS = "store.json"
 _FORMAT = 1
 _ROWS_PER_CHUNK = 8192
-_PIXELS_AT_ONCE = 2**22
 
 
 class TokenStore:
@@ -47,16 +47,19 @@ class TokenStore:
 
     Attributes:
         folder: where the store lies.
-        dataset: the rows as a `datasets.Dataset` with the column "input_ids", and "unit" where persons are known.
+        dataset: the rows as a `datasets.Dataset` with the column "input_ids", "unit" where persons are known, and
+            "captions", the numbers of a row's captions in `captions`.
         row_length: ids per row, 1 + T: the class or null token, then the image's T tokens.
         units: number of the person of every row, (rows,) int64, in order of first appearance; None if each row is a
             unit of its own. As secret as the rows; names are not kept.
         unit: what the privacy unit is, in words.
-        fingerprint: SHA-256 (hex) of all rows in order, so of tokens and labels, and of the units. Secret as the data
-            are: it confirms a guess of the whole set.
+        captions: the text states of all captions, or None without text.
+        fingerprint: SHA-256 (hex) of all rows in order, so of tokens, labels and text states, and of the units. Secret
+            as the data are: it confirms a guess of the whole set.
         codec_fingerprint: SHA-256 (hex) of the codec that made the rows; see `check_codec`.
         report: {"images": rows, "undecodable": images left out, "unlabelled": rows with the null token for want of a
-            label}; with units also {"units": persons, "beyond_limit": images left out}.
+            label}; with units also {"units": persons, "beyond_limit": images left out}, with captions {"captions":
+            distinct ones, "uncaptioned": rows without any}.
     """
 
     def __init__(self, folder: str | Path):
@@ -83,7 +86,10 @@ class TokenStore:
         self.report: dict[str, int] = facts["report"]
         self.dataset = Dataset.from_file(str(self.folder / _TOKENS))
         limit = facts.get("max_rows_per_unit")
-        self.unit: str = "one row of the training data (one image with its label)"
+        text = facts.get("text")
+        self.captions = Captions(self.folder, text, self.dataset.data.column("captions")) if text else None
+        belongings = "its label" if text is None else "all its captions"
+        self.unit: str = f"one row of the training data (one image with {belongings})"
         self.units: np.ndarray | None = None
         if limit is not None:
             column = facts["unit_column"]
@@ -108,7 +114,8 @@ class TokenStore:
             indices: integer array or sequence (b,), possibly empty or with repetitions; or one integer.
 
         Returns:
-            {"input_ids": LongTensor (b, 1 + T)}, or (1 + T,) for one integer.
+            {"input_ids": LongTensor (b, 1 + T)}, or (1 + T,) for one integer. With captions also {"text_states":
+            float16 (b, K, text_width)} of one caption of each row, see `Captions.draw`.
 
         Raises:
             IndexError: an index outside [0, len).
@@ -124,7 +131,11 @@ class TokenStore:
         chunks, size = self._chunks, len(self._chunks[0])  # all chunks but the last have the same size
         for position, index in enumerate(flat.tolist()):
             rows[position] = chunks[index // size][index % size]
-        return {"input_ids": torch.from_numpy(rows.reshape(*wanted.shape, self.row_length))}
+        found = {"input_ids": torch.from_numpy(rows.reshape(*wanted.shape, self.row_length))}
+        if self.captions is not None:
+            states = self.captions.draw(flat)
+            found["text_states"] = states.reshape(*wanted.shape, *states.shape[1:])
+        return found
 
     def check_codec(self, model: Any) -> None:
         """Raises ValueError unless `model` holds the very codec that made these rows."""
@@ -141,6 +152,8 @@ class TokenStore:
             digest.update(chunk.astype("<i4").tobytes())
         if self.units is not None:
             digest.update(self.units.astype("<i8").tobytes())
+        if self.captions is not None:
+            self.captions.update(digest)
         return digest.hexdigest() == self.fingerprint
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -158,6 +171,9 @@ def build_token_store(
     *,
     image_column: str = "image",
     label_column: str | None = None,
+    caption_column: str | None = None,
+    text_encoder: Any = None,
+    tokenizer: Any = None,
     unit_column: str | None = None,
     max_rows_per_unit: int | None = None,
     batch_size: int = 256,
@@ -174,6 +190,10 @@ def build_token_store(
         image_column: column of the images, in any form that `decode_image` takes.
         label_column: column of integer class labels, or None for an unconditional set. A label None or -1 means
             unlabelled and gives the null token.
+        caption_column: column of captions, one or several an image, in any form that `captions.captions_of` takes; for
+            a model with `text_width`. An image without captions gets the null condition.
+        text_encoder, tokenizer: the frozen, PUBLIC encoder of the captions, see `text_encoder.load_text_encoder`. It
+            runs where it lies, once for every distinct caption.
         unit_column: column that names the person an image belongs to (text or a number), or None: every image is a unit
             of its own. The store remembers who owns which row, and training then protects the person. Memory grows
             with the number of persons.
@@ -187,9 +207,9 @@ def build_token_store(
         The store. Images that cannot be decoded are left out and counted in `report["undecodable"]`; they never stop
         the run. That count is kept in the store and nowhere else: it is as private as the images.
 
-    Formal guarantee: every row is a function of one image and its label, and so is whether there is a row (up to the
-    time limit of `decode_image`). Adding or removing one image therefore adds or removes at most one row, and one that
-    cannot be decoded moves nothing at all: it contributes zero to every sum that is ever computed from the store.
+    Formal guarantee: every row is a function of one image with its label or captions, and so is whether there is a row
+    (up to the time limit of `decode_image`). Adding or removing one image therefore adds or removes at most one row,
+    and one that cannot be decoded moves nothing at all: it contributes zero to every sum ever computed from the store.
 
     Raises:
         FileExistsError: the folder exists and `overwrite` is False, or it is no token store.
@@ -200,36 +220,30 @@ def build_token_store(
     units = None
     if unit_column is not None or max_rows_per_unit is not None:
         units = FirstRows(unit_column, max_rows_per_unit)
-    _check(dataset, model, image_processor, (image_column, label_column, unit_column), batch_size)
+    columns = (image_column, label_column, caption_column, unit_column)
+    _check(dataset, model, image_processor, columns, batch_size)
+    if caption_column is not None:
+        check_text_encoder(text_encoder, tokenizer, model.config)
     if folder.exists() and not (overwrite and (folder / _FACTS).exists()):
         remedy = "pass overwrite=True or load it" if (folder / _FACTS).exists() else "choose a new folder"
         raise FileExistsError(f"folder={str(folder)!r} already exists; {remedy}.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        examples = _examples(dataset, image_column, label_column, unit_column)
-        _write(examples, model, image_processor, scratch, batch_size, _total(dataset), progress, units)
+        captions = None
+        if caption_column is not None:
+            captions = CaptionWriter(scratch, text_encoder, tokenizer, model.config.max_text_tokens)
+        examples = _examples(dataset, columns)
+        _write(examples, model, image_processor, scratch, batch_size, _total(dataset), progress, units, captions)
         _publish(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return TokenStore(folder)
 
 
-def codec_fingerprint(codec: Any) -> str:
-    """SHA-256 (hex) of a codec's buffers: names, shapes and float32 values. Two equal codecs give equal tokens."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(codec.state_dict().items()):
-        values = tensor.detach().to("cpu", torch.float32).contiguous().numpy()
-        digest.update(f"{name}{values.shape}".encode())
-        digest.update(values.astype("<f4").tobytes())
-    return digest.hexdigest()
-
-
-def _check(
-    dataset: Any, model: Any, image_processor: Any, columns: tuple[str, str | None, str | None], batch_size: int
-) -> None:
+def _check(dataset: Any, model: Any, image_processor: Any, columns: tuple[str | None, ...], batch_size: int) -> None:
     """Refuses, before anything is read, what could not work."""
-    config, (image_column, label_column, unit_column) = model.config, columns
+    config, (_, label_column, caption_column, _) = model.config, columns
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1.")
     for name in ("image_size", "num_channels"):
@@ -243,11 +257,16 @@ def _check(
             f"label_column={label_column!r} but the model has num_classes=0;"
             " leave it out or use a class-conditional model."
         )
+    if (caption_column is None) == (config.conditioning == "text"):
+        raise ValueError(
+            f"caption_column={caption_column!r} and text_width={config.text_width} in the model: captions need a model"
+            " with text, and such a model needs captions; load it with text_width=<width of the text encoder's states>."
+        )
     features = getattr(dataset, "features", None)
     if features is None:
         return
-    names = ("image_column", "label_column", "unit_column")
-    for name, column in zip(names, (image_column, label_column, unit_column), strict=True):
+    names = ("image_column", "label_column", "caption_column", "unit_column")
+    for name, column in zip(names, columns, strict=True):
         if column is not None and column not in features:
             raise ValueError(f"{name}={column!r} is not a column of the data; choose one of {sorted(features)}.")
     if label_column is not None:
@@ -270,14 +289,12 @@ def _total(dataset: Any) -> int | None:
         return None
 
 
-def _examples(
-    dataset: Any, image_column: str, label_column: str | None, unit_column: str | None
-) -> Iterator[tuple[Any, Any, Any]]:
-    """(image, label, person). Images of a `datasets` source come encoded, so that one broken file harms only itself."""
+def _examples(dataset: Any, columns: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    """(image, label, captions, person). Images of a `datasets` source come encoded: a broken file harms only itself."""
     features = getattr(dataset, "features", None)
-    others = (label_column, unit_column)
+    image_column = columns[0]
     if features is not None:
-        wanted = dict.fromkeys(column for column in (image_column, *others) if column is not None)
+        wanted = dict.fromkeys(column for column in columns if column is not None)
         dataset = dataset.select_columns(list(wanted))
         if isinstance(features[image_column], ImageFeature):
             dataset = dataset.cast_column(image_column, ImageFeature(decode=False))
@@ -285,8 +302,7 @@ def _examples(
     finished = False
     try:
         for row in rows:
-            label, unit = (None if column is None else row[column] for column in others)
-            yield row[image_column], label, unit
+            yield tuple(None if column is None else row[column] for column in columns)
         finished = True
     finally:
         if not finished:
@@ -299,7 +315,7 @@ def _examples(
 
 
 def _write(
-    examples: Iterator[tuple[Any, Any, Any]],
+    examples: Iterator[tuple[Any, ...]],
     model: Any,
     image_processor: Any,
     folder: Path,
@@ -307,6 +323,7 @@ def _write(
     total: int | None,
     progress: bool,
     units: FirstRows | None,
+    captions: CaptionWriter | None,
 ) -> None:
     """Streams the rows into `folder` and puts the facts beside them."""
     config = model.config
@@ -314,9 +331,11 @@ def _write(
     highest = max([config.null_token_id, *config.class_token_ids])
     type_ = pa.int16() if highest <= np.iinfo(np.int16).max else pa.int32()
     column = pa.list_(type_, row_length)
-    schema = pa.schema([("input_ids", column), *([] if units is None else [("unit", pa.int64())])])
+    fields = [("input_ids", column), ("unit", pa.int64()), ("captions", pa.list_(pa.int32()))]
+    schema = pa.schema([each for each, used in zip(fields, (True, units, captions), strict=True) if used is not None])
     digest = hashlib.sha256()
     report = {"images": 0, "undecodable": 0, "unlabelled": 0}
+    numbers: list[list[int]] = []  # of the captions of the rows in `pending`
     pending: list[np.ndarray] = []
     written = 0
 
@@ -330,10 +349,13 @@ def _write(
             arrays = [pa.FixedSizeListArray.from_arrays(pa.array(chunk.reshape(-1), type=type_), type=column)]
             if units is not None:
                 arrays.append(pa.array(units.units[written : written + len(chunk)], type=pa.int64()))
+            if captions is not None:
+                arrays.append(pa.array(numbers[start : start + len(chunk)], type=pa.list_(pa.int32())))
             sink.write_batch(pa.record_batch(arrays, schema=schema))
             written += len(chunk)
         if whole < len(rows):
             pending.append(rows[whole:])
+        del numbers[:whole]
 
     first_reason = None
     try:
@@ -343,11 +365,11 @@ def _write(
             tqdm(total=total, unit="image", desc="tokenising", disable=not progress) as bar,
         ):
             for number, batch in enumerate(_batches(examples, batch_size)):
-                pixels, kept, reasons = _pixels([image for image, _, _ in batch], image_processor)
+                pixels, kept, reasons = decode_batch([image for image, *_ in batch], image_processor)
                 first_reason = first_reason or next(iter(reasons), None)
                 report["undecodable"] += len(reasons)
                 if units is not None and pixels is not None:
-                    few = units.keep([batch[index][2] for index in kept])
+                    few = units.keep([batch[index][-1] for index in kept])
                     pixels, kept = pixels[few], [kept[position] for position in few]
                 if kept:
                     labels = [batch[index][1] for index in kept]
@@ -355,6 +377,10 @@ def _write(
                     rows = np.concatenate([starts[:, None], _encode(pixels, model)], axis=1)
                     digest.update(rows.astype("<i4").tobytes())
                     report["images"] += len(rows)
+                    if captions is not None:
+                        texts = [captions_of(batch[index][2]) for index in kept]
+                        numbers += captions.numbers(texts)
+                        report["uncaptioned"] = report.get("uncaptioned", 0) + sum(not each for each in texts)
                     report["unlabelled"] += sum(label is None or label == -1 for label in labels)
                     pending.append(rows.astype(type_.to_pandas_dtype()))
                     if sum(map(len, pending)) >= _ROWS_PER_CHUNK:
@@ -372,6 +398,12 @@ def _write(
     if units is not None:
         digest.update(np.asarray(units.units, dtype="<i8").tobytes())
         report |= {"units": max(units.units) + 1, "beyond_limit": units.beyond_limit}
+    text = None
+    if captions is not None:
+        text = captions.close()
+        kept_captions = Captions(folder, text, Dataset.from_file(str(folder / _TOKENS)).data.column("captions"))
+        kept_captions.update(digest)
+        report["captions"] = len(kept_captions)
     if report["undecodable"]:
         # How many, and why, depends on the private images; a log is not as private as the store is.
         logger.warning("some images could not be decoded and were left out; report['undecodable'] counts them.")
@@ -381,66 +413,16 @@ def _write(
         "fingerprint": digest.hexdigest(),
         "codec_fingerprint": codec_fingerprint(model.codec),
         "report": report,
+        "text": text,
         "unit_column": units and units.column,
         "max_rows_per_unit": units and units.limit,
     }
     (folder / _FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
-def _batches(examples: Iterator[tuple[Any, Any, Any]], size: int) -> Iterator[list[tuple[Any, Any, Any]]]:
+def _batches(examples: Iterator[tuple[Any, ...]], size: int) -> Iterator[list[tuple[Any, ...]]]:
     while batch := list(itertools.islice(examples, size)):
         yield batch
-
-
-def _pixels(images: Sequence[Any], image_processor: Any) -> tuple[torch.Tensor | None, list[int], list[str]]:
-    """Pixel values of the images that can be decoded, their positions, and why the others could not.
-
-    However large the images of a batch, no more than `_PIXELS_AT_ONCE` and one image are held decoded.
-    """
-    parts: list[torch.Tensor] = []
-    kept: list[int] = []
-    reasons: list[str] = []
-    waiting: list[tuple[int, Any]] = []
-    area = 0
-    for index, image in enumerate(images):
-        try:
-            waiting.append((index, decode_image(image)))
-        except UndecodableImageError as error:
-            reasons.append(str(error))
-            continue
-        area += _area(waiting[-1][1])
-        if area > _PIXELS_AT_ONCE:
-            _preprocess(waiting, image_processor, parts, kept, reasons)
-            waiting, area = [], 0
-    _preprocess(waiting, image_processor, parts, kept, reasons)
-    return torch.cat(parts) if parts else None, kept, reasons
-
-
-def _area(image: Any) -> int:
-    if isinstance(image, PIL.Image.Image):
-        return image.width * image.height
-    return math.prod(getattr(image, "shape", (1,)))
-
-
-def _preprocess(
-    images: Sequence[tuple[int, Any]],
-    image_processor: Any,
-    parts: list[torch.Tensor],
-    kept: list[int],
-    reasons: list[str],
-) -> None:
-    """Appends what the processor makes of (position, image) pairs; one without usable pixels harms only itself."""
-    if not images:
-        return
-    try:
-        parts.append(image_processor([image for _, image in images], return_tensors="pt")["pixel_values"])
-        kept.extend(index for index, _ in images)
-    except Exception as error:  # as in decode_image: one image's fault, whatever its type
-        if len(images) == 1:
-            reasons.append(f"{type(error).__name__}: {error}")
-            return
-        for pair in images:
-            _preprocess([pair], image_processor, parts, kept, reasons)
 
 
 def _start_tokens(labels: Sequence[Any], config: Any, first_row: int) -> np.ndarray:
@@ -467,7 +449,7 @@ def _encode(pixels: Any, model: Any) -> np.ndarray:
 
 def _publish(scratch: Path, folder: Path) -> None:
     """Makes the complete store appear under its name, durably and at once."""
-    for path in (scratch / _TOKENS, scratch / _FACTS, scratch):
+    for path in (*scratch.iterdir(), scratch):
         _sync(path)
     if folder.exists():
         retired = scratch.with_name(scratch.name + "-old")

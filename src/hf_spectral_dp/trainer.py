@@ -7,6 +7,7 @@ does not cover).
 """
 
 import logging
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from importlib import metadata
@@ -27,7 +28,7 @@ from .privacy.budget import accountant_version, event_to_dict
 from .privacy.clipping import PerExampleClipper
 from .privacy.ledger import PrivacyLedger
 from .privacy.mechanism import NoisyClippedMean
-from .privacy.noise import describe_randomness
+from .privacy.noise import describe_randomness, system_generator
 from .quiet_trainer import QuietTrainer
 from .training_args import DPTrainingArguments
 
@@ -48,7 +49,8 @@ class DPTrainer(QuietTrainer):
 
     Args:
         model: a model with `per_example_loss(input_ids) -> (B,)`, such as `SpectralTokenizerForCausalLM`. Its weights
-            must be public: they are what the guarantee starts from.
+            must be public: they are what the guarantee starts from. With text, the loss takes `text_states` too, and a
+            share `model.config.text_dropout` of the rows of every step is shown without.
         args: `DPTrainingArguments`.
         train_dataset: a `TokenStore`, or anything with `len`, `dataset[indices] -> {"input_ids": (b, 1 + T)}` and a
             `fingerprint`. One row is one privacy unit; with an attribute `units`, the unit of every row, a person is,
@@ -61,8 +63,11 @@ class DPTrainer(QuietTrainer):
     (`privacy_report()["guarantee"]["epsilon"]`, delta)-differentially private for one unit of `train_dataset` under
     `plan.adjacency`, by `PrivacyPlan` and post-processing. Assumptions: the number of units and all arguments are
     public and were not chosen by looking at the rows; the model was not trained on them before; `per_example_loss` of a
-    row depends on that row and the weights alone; the time a step takes is not observed; `privacy_ledger.jsonl` and the
-    checkpoints' optimizer states are covered by the guarantee, the token store is not.
+    row depends on that row and the weights alone; the text encoder is public, too; the time a step takes is not
+    observed; `privacy_ledger.jsonl` and the checkpoints' optimizer states are covered by the guarantee, the token store
+    is not. Which rows are shown without text is decided for each by a coin of its own, from the generator that draws
+    batches; given all coins, every row is one fixed row, so the guarantee holds for each way they can fall, and by
+    joint convexity for the mixture.
 
     Raises:
         ValueError: data that cannot be sampled as `args.sampling` says, arguments that cannot work, or a trainable
@@ -81,6 +86,13 @@ class DPTrainer(QuietTrainer):
     ):
         if not isinstance(args, DPTrainingArguments):
             raise ValueError(f"args is a {type(args).__name__}; DPTrainer needs DPTrainingArguments.")
+        self._text_dropout, self._coins = _text_dropout(model, train_dataset), system_generator()
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if started != args.world_size:
+            raise ValueError(
+                f"{started} processes were started, but this one sees {args.world_size}: each would train alone. On a"
+                " machine without GPUs, set use_cpu=True."
+            )
         self.plan = args.plan(count_units(train_dataset, args))
         self._batches = BatchLoader(
             train_dataset, self.plan, args.process_index, args.world_size, lambda: self._charged
@@ -171,14 +183,25 @@ class DPTrainer(QuietTrainer):
         model.train()
         bare = self.accelerator.unwrap_model(model)  # no gradient reaches autograd, so DDP has nothing to reduce
         self._charge()
-        released = self._mechanism.release(inputs["input_ids"], lambda rows: self._losses(bare, rows))
+        rows = self._with_some_text(inputs)
+        indices = torch.arange(len(rows["input_ids"]))
+        released = self._mechanism.release(
+            indices, lambda some: self._losses(bare, {name: values[some] for name, values in rows.items()})
+        )
         for name, parameter in self._clipper.parameters.items():
             parameter.grad = released[name].to(parameter.dtype)
         return torch.zeros((), device=self.args.device)
 
-    def _losses(self, model: Any, rows: Tensor) -> Tensor:
+    def _with_some_text(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The batch, in which every row loses its text by a coin of its own."""
+        if not self._text_dropout or "text_states" not in inputs:
+            return inputs
+        shown = self._coins.random(len(inputs["text_states"])) >= self._text_dropout
+        return {**inputs, "text_states": inputs["text_states"] * torch.from_numpy(shown)[:, None, None]}
+
+    def _losses(self, model: Any, rows: dict[str, Tensor]) -> Tensor:
         with self.compute_loss_context_manager():
-            losses = model.per_example_loss(rows.to(self.args.device))
+            losses = model.per_example_loss(**{name: values.to(self.args.device) for name, values in rows.items()})
         self.note(losses)
         return losses
 
@@ -307,12 +330,31 @@ class DPTrainer(QuietTrainer):
                 "learning_rate": args.learning_rate,
                 "lr_scheduler": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
                 "processes": args.world_size,
+                "conditioning": getattr(getattr(self.model, "config", None), "conditioning", "none"),
                 "private_loss_logged": args.log_private_loss,
             },
             "post_processing": post_processing,
             "ledger": {"records": charged, "head": self._head},
             "software": {name: metadata.version(name) for name in _SOFTWARE},
         }
+
+
+def _text_dropout(model: Any, dataset: Any) -> float:
+    """The share of rows to show without text; 0 for a model without.
+
+    Raises:
+        ValueError: rows with text for a model without, or the other way round, or text states of another shape.
+    """
+    config, captions = getattr(model, "config", None), getattr(dataset, "captions", None)
+    slots = getattr(config, "text_slots", 0)
+    wanted = (slots, getattr(config, "text_width", 0) if slots else 0)
+    given = (captions.max_text_tokens, captions.text_width) if captions is not None else (0, 0)
+    if wanted != given and hasattr(dataset, "captions"):
+        raise ValueError(
+            f"the rows have (max_text_tokens, text_width) = {given}, the model {wanted}, where (0, 0) is no text; build"
+            " the token store with this model and a caption_column, or without one for a model without text."
+        )
+    return getattr(config, "text_dropout", 0.0) if slots else 0.0
 
 
 class _Averaging(TrainerCallback):

@@ -153,7 +153,10 @@ class DPTrainingArguments(TrainingArguments):
             if getattr(self, name, allowed) != allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} cannot be used with DPTrainer: {reason}.")
         if self.deepspeed or self.fsdp:
-            raise ValueError("deepspeed and fsdp are not supported by DPTrainer: run plain data parallelism instead.")
+            raise ValueError(
+                "deepspeed and fsdp are not supported by DPTrainer, which saves and averages whole weights: run plain"
+                " data parallelism, or NoisyClippedMean in a loop of your own on a model split by fully_shard (FSDP2)."
+            )
         for tracker, (variable, default) in _UPLOADS.items():
             value = os.environ.get(variable, default)
             if tracker in self.report_to and value.lower() not in _OFF:

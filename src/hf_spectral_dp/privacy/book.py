@@ -42,6 +42,7 @@ class Book:
         self.last_read: Any = None  # for the layers that record: what the last one of them read
         self.shares_inputs = True
         self.unfinished: set[Any] = set()  # inputs of which some reader has not sent its gradient back
+        self.stands_for: dict[nn.Parameter, nn.Parameter] = {}  # gathered parameters of a sharded model
         self._tied = tied
         self._left = memory_budget
         self._dense: dict[nn.Parameter, Tensor] = {}  # (B, *shape): gradients themselves
@@ -73,6 +74,7 @@ class Book:
 
         The weight of a convolution, (p, channels, height, width), counts as (p, d) with d = channels height width.
         """
+        weight = self.stands_for.get(weight, weight)
         a, g = (x.reshape(self.batch_size, -1, x.shape[-1]) for x in (inputs, gradients))
         if transposed:  # y = a W: the gradient is a^T g, the same sum with the roles exchanged
             a, g = g, a
@@ -109,12 +111,13 @@ class Book:
 
     def note_dense(self, parameter: nn.Parameter, gradients: Tensor) -> None:
         """Gradients (B, ..., *shape) at each position of a parameter of that shape."""
+        parameter = self.stands_for.get(parameter, parameter)
         middle = gradients.ndim - 1 - parameter.ndim
         self._add_dense(parameter, precise(gradients).flatten(1, middle).sum(1) if middle > 0 else precise(gradients))
 
     def note_lookup(self, table: nn.Parameter, ids: Tensor, gradients: Tensor) -> None:
         """One use of an embedding table: ids (B, T) and the gradients (B, T, d) of what was looked up."""
-        self._lookups.setdefault(table, []).append((ids, gradients))
+        self._lookups.setdefault(self.stands_for.get(table, table), []).append((ids, gradients))
 
     def _close(self) -> None:
         """Adds the ghost norm of the uses of one input."""
@@ -170,12 +173,15 @@ class Book:
         return total.sqrt()
 
     @torch.no_grad()
-    def add_weighted(self, coefficients: Tensor, sums: dict[nn.Parameter, Tensor]) -> None:
+    def add_weighted(
+        self, coefficients: Tensor, sums: dict[nn.Parameter, Tensor], only: nn.Parameter | None = None
+    ) -> None:
         """Adds, for every noted parameter, the sum over examples of coefficient times gradient to `sums`.
 
         Args:
             coefficients: (B,), >= 0. An example with coefficient 0 contributes exactly zero, whatever its gradient.
             sums: by parameter, at least float32; entries that are missing are made.
+            only: for this parameter alone.
         """
         bad = coefficients == 0
         some_bad = bool(bad.any())
@@ -184,7 +190,12 @@ class Book:
             """Zero times NaN is NaN: what counts zero must be zero."""
             return tensor.masked_fill(bad.view(-1, *[1] * (tensor.ndim - 1)), 0) if some_bad else tensor
 
+        def asked(parameter: nn.Parameter) -> bool:
+            return only is None or parameter is only
+
         for parameter, gradients in self._dense.items():
+            if not asked(parameter):
+                continue
             stored, turned = _stored(gradients)
             total = coefficients.to(stored.dtype) @ cleaned(stored).flatten(1)
             total = (total.view(stored.shape[1:]).T if turned else total).reshape(parameter.shape)
@@ -194,17 +205,17 @@ class Book:
                 sums[parameter] = total.contiguous()
         weighted = _Weighted(coefficients, cleaned)
         for weight, uses in self._affine.items():
-            for key, g in uses:
+            for key, g in uses if asked(weight) else ():
                 a = self._inputs[key]
                 if a.shape[-1] <= g.shape[-1] or weighted.holds(key):  # the smaller one is copied
                     a, g = weighted(a, key), precise(cleaned(g))
                 else:
                     a, g = precise(cleaned(a)), weighted(g)
                 _add_product(sums, weight, g.flatten(0, 1).T, a.flatten(0, 1))
-        for table in self._lookups:
+        for table in filter(asked, self._lookups):
             example, row, summed = self._summed_lookups(table)
             if table not in sums:
-                sums[table] = torch.zeros_like(table, dtype=precise(table).dtype, requires_grad=False)
+                sums[table] = summed.new_zeros(table.shape)
             weights = coefficients.to(summed.dtype)[example, None]
             if some_bad:
                 summed = summed.masked_fill(bad[example, None], 0)

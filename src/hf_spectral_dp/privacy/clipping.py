@@ -4,9 +4,11 @@ Exact for the layers that `recording` knows, and for all others by `fallback`: n
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial
 
 from .book import SLACK, Book, precise
 from .recording import Recorder
@@ -60,13 +62,21 @@ class PerExampleClipper:
         """The trainable parameters by name; tied ones once."""
         return self._recorder.parameters
 
-    def add(self, losses: Callable[[], Tensor], batch_size: int) -> None:
+    @property
+    def sharded(self) -> bool:
+        """Whether `torch.distributed.fsdp.fully_shard` (FSDP2) split the parameters: then so are the sums of `take`."""
+        return self._recorder.sharded
+
+    def add(self, losses: Callable[[], Tensor], batch_size: int, padding: int = 0) -> None:
         """Adds the clipped gradients of `batch_size` examples.
+
+        With a sharded model every process gives its own examples, and all of them must call this equally often.
 
         Args:
             losses: runs the model and returns one loss per example, (batch_size,). The loss of one example must not
                 depend on another: no mean over the batch, no divisor that counts tokens of the batch.
             batch_size: number of examples; with 0 nothing is run.
+            padding: how many of them, the last ones, stand for nobody and count exactly zero.
 
         Raises:
             ValueError: losses of another shape, or a parameter used outside its module (its gradient would escape
@@ -79,7 +89,15 @@ class PerExampleClipper:
             norms = book.norms()
             coefficients = self.clipping_norm / norms.clamp_min(self.clipping_norm)
             coefficients = torch.where(norms.isfinite(), coefficients, torch.zeros_like(coefficients))
-            book.add_weighted(coefficients, self._sums)
+            coefficients[batch_size - padding :] = 0
+            if not self.sharded:
+                book.add_weighted(coefficients, self._sums)
+                return
+            for parameter in self.parameters.values():  # one whole gradient in memory at a time
+                whole: dict[nn.Parameter, Tensor] = {}
+                book.add_weighted(coefficients, whole, only=parameter)
+                shard = _reduce_scatter(whole.get(parameter), parameter)
+                self._sums[parameter] = self._sums[parameter] + shard if parameter in self._sums else shard
 
     def per_example_norms(self, losses: Callable[[], Tensor], batch_size: int) -> Tensor:
         """Gradient norms (batch_size,) of the examples before clipping. They are private if the examples are."""
@@ -90,7 +108,10 @@ class PerExampleClipper:
             return book.norms()
 
     def take(self) -> dict[str, Tensor]:
-        """The clipped sum since the last call, by parameter name, at least float32; zeros where nothing was added."""
+        """The clipped sum since the last call, by parameter name, at least float32; zeros where nothing was added.
+
+        Of a sharded model the sum over all processes, as a DTensor of which each holds its shard.
+        """
         sums, self._sums = self._sums, {}
         return {
             name: sums[parameter]
@@ -132,6 +153,14 @@ class PerExampleClipper:
             self._recorder.shares_inputs = False
             return self._record(losses, batch_size)
         return book
+
+
+def _reduce_scatter(total: Tensor | None, parameter: Any) -> Tensor:
+    """This process's shard of the sum of `total` (None: zero) over all processes, as `parameter` is split."""
+    if total is None:
+        total = torch.zeros(parameter.shape, dtype=precise(parameter).dtype, device=parameter.device)
+    mesh = parameter.device_mesh
+    return DTensor.from_local(total, mesh, [Partial()] * mesh.ndim).redistribute(placements=parameter.placements)
 
 
 __all__ = ["PerExampleClipper"]

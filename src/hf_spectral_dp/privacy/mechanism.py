@@ -25,8 +25,9 @@ class NoisyClippedMean:
     Formal guarantee: for a batch that is given, the releases of all parameters together are the Gaussian mechanism
     with `noise_multiplier` under adding or removing one example: the sum moves by at most `clipper.sensitivity`
     (see `PerExampleClipper`), noise of noise_multiplier * sensitivity is added once to every entry of it (see
-    `GaussianNoise`), on the first process, before the processes add up their parts; the division by a constant is
-    post-processing. It holds for the empty batch as for any other. `privacy.audit.mechanism_audit` tries to refute it.
+    `GaussianNoise`), on the first process, before the processes add up their parts, or where the parameters are sharded
+    by the one process that holds the entry, after they did; the division by a constant is post-processing. It holds for
+    the empty batch as for any other. `privacy.audit.mechanism_audit` tries to refute it.
 
     Raises:
         ValueError: divisor not positive.
@@ -59,18 +60,34 @@ class NoisyClippedMean:
             losses: maps some of the rows to one loss per row.
         """
         try:
-            for some in rows.split(self.micro_batch_size):
-                self.clipper.add(partial(losses, some), len(some))
+            for some, padding in self._micro_batches(rows):
+                self.clipper.add(partial(losses, some), len(some), padding)
             sums = self.clipper.take()
         except BaseException:
             self.clipper.take()  # if this process trains again, no example may count in two sums
             raise
-        if self._rank == 0:
-            self.noise.add_(sums.values())
-        if self._world_size > 1:
-            for total in sums.values():
-                dist.all_reduce(total)
+        if self.clipper.sharded:  # summed already; each process noises its own entries
+            self.noise.add_(total.to_local() for total in sums.values())  # type: ignore[attr-defined]
+        else:
+            if self._rank == 0:
+                self.noise.add_(sums.values())
+            if self._world_size > 1:
+                for total in sums.values():
+                    dist.all_reduce(total)
         return {name: total / self.divisor for name, total in sums.items()}
+
+
+    def _micro_batches(self, rows: Tensor) -> list[tuple[Tensor, int]]:
+        """Some of the rows at a time, and how many of them are padding.
+
+        Only with a sharded model, whose parameters are gathered in every pass, must all processes take equally many.
+        """
+        parts = list(rows.split(self.micro_batch_size)) if len(rows) else []
+        most = torch.tensor(len(parts), device=rows.device)
+        if self.clipper.sharded:
+            dist.all_reduce(most, dist.ReduceOp.MAX)
+        padding = [(rows.new_zeros((1, *rows.shape[1:])), 1)] * (int(most) - len(parts))
+        return [(part, 0) for part in parts] + padding
 
 
 __all__ = ["NoisyClippedMean"]

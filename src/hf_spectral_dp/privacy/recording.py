@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 
 from . import fallback
 from .book import Book, precise
@@ -328,11 +330,37 @@ def _is_llama_rms_norm(module: nn.Module) -> bool:
     """Does a module called ...RMSNorm compute what Llama's does? Some scale by 1 + weight, so numbers decide."""
     if not type(module).__name__.endswith("RMSNorm") or not hasattr(module, "variance_epsilon"):
         return False
-    weight: Any = module.weight
+    of: Any = module.weight
     with torch.no_grad():
-        x = torch.linspace(-1, 2, weight.numel(), device=weight.device, dtype=weight.dtype)[None]
+        x = torch.linspace(-1, 2, of.numel(), device=of.device, dtype=of.dtype)[None]
+        weight = x[0] + 3  # another one than the module's, which may be a shard
+        theirs = torch.func.functional_call(module, {"weight": weight}, (x,))
         ours = _RMSNorm.apply(x, weight, module, module.variance_epsilon, None)
-        return bool(torch.allclose(module(x), ours, rtol=1e-2 if x.dtype == torch.bfloat16 else 1e-5))
+        return bool(torch.allclose(theirs, ours, rtol=1e-2 if x.dtype == torch.bfloat16 else 1e-5))
+
+
+def _with_gathered(forward: Callable[..., Any], module: nn.Module, book: Book) -> Callable[..., Any]:
+    """FSDP2 puts a gathered parameter in the place of the shard for the time of a pass: the notes go to the shard."""
+    shards = dict(module.named_parameters(recurse=False))
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        for name, shard in shards.items():
+            book.stands_for[getattr(module, name)] = shard
+        return forward(*args, **kwargs)
+
+    return run
+
+
+def _check_sharding(name: str, parameter: nn.Parameter) -> None:
+    """Every entry on exactly one of all processes: then noise by its holder is noise once."""
+    whole = isinstance(parameter, DTensor) and parameter.device_mesh.size() == dist.get_world_size()
+    if not whole or not all(placement.is_shard() for placement in parameter.placements):  # type: ignore[attr-defined]
+        how = getattr(parameter, "placements", "not at all")
+        raise ValueError(
+            f"{name} is split {how} over {dist.get_world_size()} processes; with a sharded model every trainable"
+            " parameter must be split over all processes, without replicas: call fully_shard on the whole model with a"
+            " mesh of one dimension."
+        )
 
 
 class Recorder:
@@ -372,11 +400,21 @@ class Recorder:
                 self._rules.append((name, module, rule))
                 (tables if rule is _embedding else weights).update(own)
         self._tied = frozenset(tables & weights)
+        self.sharded = any(isinstance(parameter, DTensor) for parameter in self.parameters.values())
+        if self.sharded:
+            self.shares_inputs = False  # mending it takes a second pass, on one process only
+            for name, parameter in self.parameters.items():
+                _check_sharding(name, parameter)
         for name, parameter in self.parameters.items():
             if parameter not in tables | weights | others:
                 raise ValueError(
                     f"{name} is trainable, but no module with a forward of its own holds it, so nothing gives its"
                     " per-example gradients; freeze it with requires_grad_(False)."
+                )
+            if parameter in others and self.sharded:
+                raise ValueError(
+                    f"{name} is sharded and in a module without a book-keeping rule, whose parameters the fallback"
+                    " cannot gather; freeze it with requires_grad_(False), or train on whole copies of the model."
                 )
             if parameter in (tables | weights) & others:
                 raise ValueError(
@@ -416,7 +454,10 @@ class Recorder:
         eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
         try:
             for name, module, rule in self._rules:
-                vars(module)["forward"] = rule(module, book, name)  # shadows the class's method on this instance only
+                forward = rule(module, book, name)
+                if self.sharded:
+                    forward = _with_gathered(forward, module, book)
+                vars(module)["forward"] = forward  # shadows the class's method on this instance only
             with eager:
                 yield book
         finally:

@@ -1,0 +1,220 @@
+"""How fast images are drawn: `sample`, plain and compiled, against the bare `generate` of transformers, static cache.
+
+All draw from the same model the same number of tokens, in float32, from the whole distribution. `ratio` is to
+"generate, static cache" of the same model, batch and guidance. `generate` guides by a second pass of its own; ours by
+one doubled batch. Timings are medians of interleaved rounds. `floor_share` is what the hardware would need at least,
+over what it needed: the larger of the arithmetic at the speed of a large matrix product and the reading of the weights
+at the speed of a large copy, both measured here. "digits" is the model in the package; "wide" has ten times as many
+weights, random ones. The last rows give the share of a pipeline's time that passes outside of its models.
+"""
+
+import argparse
+import importlib.resources
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from transformers import PreTrainedModel
+
+from benchmarks.report import write_report
+from hf_spectral_dp import (
+    DPSpectralPipeline,
+    SpectralConfig,
+    SpectralImageProcessor,
+    SpectralSuperResolution,
+    SpectralTokenizerForCausalLM,
+)
+
+CHECKPOINTS = importlib.resources.files("hf_spectral_dp") / "checkpoints"
+BARE = "generate, static cache"
+
+
+def models(device: str) -> dict[str, SpectralTokenizerForCausalLM]:
+    """The shipped model and a wider one with random weights."""
+    wide = SpectralConfig(
+        image_size=64,
+        num_channels=3,
+        levels=3,
+        patch_sizes=[2, 2, 4],
+        codebook_sizes=[512, 512, 1024],
+        num_classes=10,
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=6,
+    )
+    torch.manual_seed(0)
+    found = {
+        "digits": SpectralTokenizerForCausalLM.from_pretrained(str(CHECKPOINTS / "digits")),
+        "wide": SpectralTokenizerForCausalLM(wide),
+    }
+    return {name: model.eval().to(device) for name, model in found.items()}
+
+
+def seconds(call: Callable[[], object], device: str) -> float:
+    """Wall time of one call."""
+    start = time.perf_counter()
+    call()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def medians(methods: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, float]:
+    """Median seconds of each method, after one call of each that is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in methods}
+    for call in methods.values():
+        call()
+    for _ in range(rounds):
+        for name, call in methods.items():
+            times[name].append(seconds(call, device))
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def hardware(device: str) -> tuple[float, float]:
+    """What this machine does at best: float32 operations per second, and bytes read per second."""
+    square = torch.randn(1024, 1024, device=device)
+    large = torch.randn(2**25, device=device)  # 128 MiB: outside of every cache
+    target = torch.empty_like(large)
+    product = min(seconds(lambda: square @ square, device) for _ in range(10))
+    copy = min(seconds(lambda: target.copy_(large), device) for _ in range(5))
+    return 2 * 1024**3 / product, 2 * 4 * large.numel() / copy
+
+
+def floor(model: SpectralTokenizerForCausalLM, rows: int, speed: tuple[float, float]) -> float:
+    """Seconds that `rows` sequences need at least: weights of the layers and of the codes that may follow."""
+    layers = sum(weight.numel() for weight in model.model.layers.parameters())
+    total = 0.0
+    for scale in model.config.layout.scales:
+        weights = layers + scale.codes * model.config.hidden_size
+        total += scale.tokens * max(2 * weights * rows / speed[0], 4 * weights / speed[1])
+    return total
+
+
+def speed_rows(
+    name: str, model: SpectralTokenizerForCausalLM, batch: int, guidance: float, compiled: bool, rounds: int,
+    speed: tuple[float, float],
+) -> list[dict]:  # fmt: skip
+    """Images per second of every method for one model and batch."""
+    device = model.device.type
+    labels = torch.arange(batch, device=device) % 10
+    start = model.start_tokens(labels)[:, None]
+    null = torch.full_like(start, model.config.null_token_id)
+    guided = {"guidance_scale": guidance, "negative_prompt_ids": null} if guidance != 1.0 else {}
+
+    def generate() -> torch.Tensor:
+        options = {"cache_implementation": "static", "do_sample": True, "top_k": 0, "disable_compile": device == "cpu"}
+        return model.generate(start, **options, **guided)
+
+    def sample() -> torch.Tensor:
+        model._compiled_step = None
+        return model.sample(labels, guidance_scale=guidance)
+
+    methods = {BARE: generate, "ours": sample}
+    if compiled:
+        model.compile_sampling()
+        step = model._compiled_step
+
+        def sample_compiled() -> torch.Tensor:
+            model._compiled_step = step
+            return model.sample(labels, guidance_scale=guidance)
+
+        methods["ours, compiled"] = sample_compiled
+    times = medians(methods, rounds, device)
+    least = floor(model, batch * (1 + bool(guided)), speed)
+    return [
+        {
+            "method": method,
+            "model": name,
+            "batch": batch,
+            "guidance": guidance,
+            "images_per_second": round(batch / taken, 2),
+            "tokens_per_second": round(batch * model.config.layout.length / taken, 1),
+            "ratio": round(times[BARE] / taken, 2),
+            "floor_share": round(least / taken, 3),
+        }
+        for method, taken in times.items()
+    ]
+
+
+def overhead_rows(device: str, rounds: int) -> list[dict]:
+    """The share of a call of the shipped pipeline that is neither sampling, decoding nor super-resolution."""
+    pipe = DPSpectralPipeline(
+        SpectralTokenizerForCausalLM.from_pretrained(str(CHECKPOINTS / "digits")),
+        SpectralImageProcessor.from_pretrained(str(CHECKPOINTS / "digits")),
+        SpectralSuperResolution.from_pretrained(str(CHECKPOINTS / "digits-super-resolution")),
+    ).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    inside = 0.0
+
+    def watch(owner: PreTrainedModel, name: str) -> None:
+        method = getattr(owner, name)
+
+        def timed(*arguments, **options):
+            nonlocal inside
+            result = None
+
+            def call():
+                nonlocal result
+                result = method(*arguments, **options)
+
+            inside += seconds(call, device)
+            return result
+
+        setattr(owner, name, timed)
+
+    watch(pipe.model, "sample")
+    watch(pipe.model, "decode")
+    watch(pipe.super_resolution, "forward")
+    rows = []
+    for number in (64, 512):
+        shares, whole = [], []
+        for index in range(rounds + 1):
+            inside = 0.0
+            taken = seconds(lambda number=number: pipe(class_labels=range(8), num_images=number // 8), device)
+            if index:
+                shares.append(1 - inside / taken)
+                whole.append(taken)
+        rows.append(
+            {
+                "method": "pipeline, to PIL images",
+                "model": "digits with super-resolution",
+                "batch": 64,
+                "images": number,
+                "images_per_second": round(number / statistics.median(whole), 2),
+                "outside_models": round(statistics.median(shares), 4),
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer cases and rounds; within 50 seconds on two cores")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--out", help="file for the JSON report")
+    arguments = parser.parse_args()
+    speed = hardware(arguments.device)
+    rows: list[dict] = []
+    cases = [("digits", 64, 1.0), ("digits", 64, 2.0), ("wide", 64, 1.0)]
+    if not arguments.quick:
+        cases += [("digits", 1, 1.0), ("wide", 1, 1.0), ("wide", 8, 1.0), ("wide", 64, 2.0)]
+    loaded = models(arguments.device)
+    for name, batch, guidance in cases:
+        compiled = not arguments.quick or (name, guidance) == ("digits", 1.0)
+        rounds = 5 if arguments.quick else 9
+        rows += speed_rows(name, loaded[name], batch, guidance, compiled, rounds, speed)
+    rows += overhead_rows(arguments.device, 5 if arguments.quick else 15)
+    rows.append(
+        {
+            "method": "the hardware at its best",
+            "gflop_per_second": round(speed[0] / 1e9, 1),
+            "gigabyte_per_second": round(speed[1] / 1e9, 1),
+        }
+    )
+    options = " --quick" * arguments.quick + f" --device {arguments.device}" * (arguments.device != "cpu")
+    write_report("python -m benchmarks.generate" + options, rows, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
