@@ -17,8 +17,13 @@ Epsilon inf is (c), the non-private twin of each. Nothing is chosen on test imag
 epsilon inf are facts about private images that no guarantee covers.
 
 The sizes say how much is trained, and every row repeats it: "quick" shows that all of it runs; "small" gives every
-method the same number of private examples, for half an hour of one core; "full" is for a GPU. Ours starts from the
-bundled public model where there is one; the others are trained on public images in the run, as the row says.
+method the same number of private examples, for a quarter of an hour of one core; "medium" takes a night of it, "full" is
+for a GPU. Ours starts from the bundled public model where there is one; the others are trained on public images in the
+run, as the row says.
+
+    python -m benchmarks.quality --dataset mnist --size medium --pipeline runs/mnist/pipeline
+
+measures instead, as "ours", a pipeline that examples/train.py made, at the epsilon that its card states.
 """
 
 import argparse
@@ -46,7 +51,7 @@ from benchmarks.quality_methods import (
     train_publicly,
 )
 from benchmarks.report import write_report
-from hf_spectral_dp import SpectralConfig
+from hf_spectral_dp import DPSpectralPipeline, PrivacyCard, SpectralConfig
 from hf_spectral_dp.super_resolution import upscale
 
 METHODS = ("ours", "ceiling", "floor", "raster", "pixels", "diffusion", "real")
@@ -86,8 +91,9 @@ class Size:
 
 SIZES = {
     "quick": Size(1000, 300, 600, 20, 8, 4, 128, 8, 16, 1, 2, 100, (16, 32), 4),
-    "small": Size(55000, 10000, 10000, 500, 600, 50, 800, 600, 300, 1, 1, 1000, (16, 32), 20),
-    "full": Size(55000, 10000, 60000, 2000, 8000, 400, 4096, 20000, 2000, 3, 1, 10000, (64, 128), 50),
+    "small": Size(20000, 3000, 4000, 100, 250, 24, 512, 250, 150, 1, 2, 1000, (16, 32), 20),
+    "medium": Size(60000, 10000, 20000, 1000, 3000, 200, 2048, 3000, 400, 1, 2, 2000, (32, 64), 20),
+    "full": Size(60000, 10000, 60000, 2000, 8000, 400, 4096, 20000, 2000, 3, 1, 10000, (64, 128), 50),
 }
 
 # Settings of DP training, none of which was chosen on these images. Token models: those of the bundled demo. A
@@ -187,14 +193,13 @@ def sources(
 
 
 def compare(
-    name: str, methods: list[str], epsilons: list[float], size: Size, data: Path, grids: Path | None
+    name: str, methods: list[str], epsilons: list[float], title: str, data: Path, grids: Path | None
 ) -> Iterator[dict[str, Any]]:
     """The rows of the benchmark."""
-    images = IMAGE_SETS[name]
+    images, size = IMAGE_SETS[name], SIZES[title]
     private = private_images(images, data, "train", size.private)
     test = private_images(images, data, images.test_split, size.test)
     public = public_images(images, data, size.public)
-    scale = {key: value for key, value in asdict(size).items() if key not in ("widths", "denoising_steps")}
     labels = torch.arange(images.classes).repeat(size.each)
     for method, epsilon, source, before, cost in sources(name, methods, epsilons, size, images, private, public):
         start = time.perf_counter()
@@ -213,9 +218,46 @@ def compare(
             rate = len(labels) / seconds
             yield shared | {"metric": "images per second", "value": rate, "low": None, "high": None, "n": len(labels)}
         for row in figures(drawn, test, images, size.classifier_steps, size.seeds, size.block, size.compared):
-            yield shared | row | {"scale": scale}
+            yield shared | row | {"size": title}
         if grids is not None:
             save_grid(drawn[0], images, grids / f"quality_{name}_{method}_{epsilon:g}.png")
+
+
+def measured(folder: Path, name: str, title: str, data: Path, grids: Path | None) -> Iterator[dict[str, Any]]:
+    """The rows of a trained pipeline."""
+    images, size = IMAGE_SETS[name], SIZES[title]
+    report = PrivacyCard.load(folder).report
+    test = private_images(images, data, images.test_split, size.test)
+    pipeline = DPSpectralPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    start = time.perf_counter()
+    drawn = pipeline(
+        list(range(images.classes)), size.each, generator=torch.Generator().manual_seed(0), output_type="pt",
+        batch_size=500,
+    ).images  # fmt: skip
+    seconds = time.perf_counter() - start
+    labels = torch.arange(images.classes).repeat_interleave(size.each)
+    bordered = torch.nn.functional.pad(drawn * 2 - 1, [images.pad] * 4, value=-1)
+    mixed = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    mechanism, training = report["mechanism"], report["training"]
+    shared = {
+        "dataset": name,
+        "epsilon": report["guarantee"]["epsilon"],
+        "method": "ours",
+        "steps": mechanism["charged_steps"],
+        "batch": mechanism["expected_batch_size"],
+        "private": mechanism["num_examples"],
+        "trainable_parameters": training["trainable_parameters"],
+    }
+    rate = len(labels) / seconds
+    yield shared | {"metric": "images per second", "value": rate, "low": None, "high": None, "n": len(labels)}
+    for row in figures(
+        (bordered[mixed], labels[mixed]), test, images, size.classifier_steps, 1, size.block, size.compared
+    ):
+        yield shared | row | {"size": title}
+    if grids is not None:
+        first = torch.arange(images.classes).repeat(6) * size.each + torch.arange(6).repeat_interleave(images.classes)
+        save_grid(bordered[first], images, grids / f"quality_{name}_pipeline_{shared['epsilon']:g}.png")
 
 
 def main() -> None:
@@ -225,17 +267,22 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--size", choices=tuple(SIZES), default="small")
     parser.add_argument("--quick", action="store_true", help="the same as --size quick")
+    parser.add_argument("--pipeline", type=Path, help="measure this trained pipeline only")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="one folder per image set")
     parser.add_argument("--out", type=Path, help="JSON file; sample grids are put beside it")
     arguments = parser.parse_args()
     size = "quick" if arguments.quick else arguments.size
     torch.set_num_threads(min(2, torch.get_num_threads()))  # small tensors: more threads only wait for each other
     grids = arguments.out.parent if arguments.out and size != "quick" else None
-    rows = compare(arguments.dataset, arguments.methods, arguments.epsilon, SIZES[size], arguments.data, grids)
-    epsilons = " ".join(f"{epsilon:g}" for epsilon in arguments.epsilon)
-    command = f"python -m benchmarks.quality --dataset {arguments.dataset} --epsilon {epsilons} --size {size}"
-    if len(arguments.methods) < len(METHODS):
-        command += f" --methods {' '.join(arguments.methods)}"
+    command = f"python -m benchmarks.quality --dataset {arguments.dataset} --size {size}"
+    if arguments.pipeline:
+        rows = measured(arguments.pipeline, arguments.dataset, size, arguments.data, grids)
+        command += f" --pipeline {arguments.pipeline}"
+    else:
+        rows = compare(arguments.dataset, arguments.methods, arguments.epsilon, size, arguments.data, grids)
+        command += f" --epsilon {' '.join(f'{epsilon:g}' for epsilon in arguments.epsilon)}"
+        if len(arguments.methods) < len(METHODS):
+            command += f" --methods {' '.join(arguments.methods)}"
     write_report(command, list(rows), arguments.out)
 
 
