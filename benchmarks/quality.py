@@ -17,9 +17,9 @@ Epsilon inf is (c), the non-private twin of each. Nothing is chosen on test imag
 epsilon inf are facts about private images that no guarantee covers.
 
 The sizes say how much is trained, and every row repeats it: "quick" shows that all of it runs; "small" gives every
-method the same number of private examples, for a quarter of an hour of one core; "medium" takes a night of it, "full" is
-for a GPU. Ours starts from the bundled public model where there is one; the others are trained on public images in the
-run, as the row says.
+method the same number of private examples, for a quarter of an hour of one core; "medium" takes a night of it, and
+"full" is for a GPU. Ours starts from the bundled public model where there is one; the others are trained on public
+images in the run, as the row says.
 
     python -m benchmarks.quality --dataset mnist --size medium --pipeline runs/mnist/pipeline
 
@@ -31,7 +31,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -129,8 +129,8 @@ def public_generator(method: str, name: str, images: ImageSet, public: Labelled,
     side = images.size
     bundled = name == "mnist"
     if bundled and method == "ours":
-        model = AutoModelForCausalLM.from_pretrained(CHECKPOINTS / "digits")
-        network = AutoModelForImageToImage.from_pretrained(CHECKPOINTS / "digits-super-resolution")
+        model = AutoModelForCausalLM.from_pretrained(CHECKPOINTS / "digits-fine")
+        network = AutoModelForImageToImage.from_pretrained(CHECKPOINTS / "digits-fine-super-resolution")
         return TokenGenerator(model, partial(upscaler, network, side)), Cost(0.0, 0.0)
     network = AutoModelForImageToImage.from_pretrained(CHECKPOINTS / "digits-super-resolution") if bundled else None
     enlarged = partial(upscaler, network, side)
