@@ -232,8 +232,8 @@ def measured(folder: Path, name: str, title: str, data: Path, grids: Path | None
     pipeline.set_progress_bar_config(disable=True)
     start = time.perf_counter()
     drawn = pipeline(
-        list(range(images.classes)), size.each, generator=torch.Generator().manual_seed(0), output_type="pt",
-        batch_size=500,
+        class_labels=list(range(images.classes)), num_images=size.each, generator=torch.Generator().manual_seed(0),
+        output_type="pt", batch_size=500,
     ).images  # fmt: skip
     seconds = time.perf_counter() - start
     labels = torch.arange(images.classes).repeat_interleave(size.each)
