@@ -242,7 +242,7 @@ def measured(folder: Path, name: str, title: str, data: Path, grids: Path | None
     mechanism, training = report["mechanism"], report["training"]
     shared = {
         "dataset": name,
-        "epsilon": report["guarantee"]["epsilon"],
+        "epsilon": report["claim"]["epsilon"],
         "method": "ours",
         "steps": mechanism["charged_steps"],
         "batch": mechanism["expected_batch_size"],
