@@ -245,8 +245,8 @@ def measured(folder: Path, name: str, title: str, data: Path, grids: Path | None
         "epsilon": report["claim"]["epsilon"],
         "method": "ours",
         "steps": mechanism["charged_steps"],
-        "batch": mechanism["expected_batch_size"],
-        "private": mechanism["num_examples"],
+        "batch": report["sampling"]["expected_batch_size"],
+        "private": report["adjacency"]["num_units"],
         "trainable_parameters": training["trainable_parameters"],
     }
     rate = len(labels) / seconds
