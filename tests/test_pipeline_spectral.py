@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from transformers import Swin2SRConfig, Swin2SRForImageSuperResolution
 
-from hf_spectral_dp import SpectralConfig, SpectralTokenizerForCausalLM, modeling_spectral, pipeline_spectral
+from hf_spectral_dp import SpectralConfig, SpectralTokenizerForCausalLM, modeling_spectral
 from hf_spectral_dp.image_processing_spectral import SpectralImageProcessor
 from hf_spectral_dp.pipeline_spectral import DPSpectralPipeline
 from hf_spectral_dp.super_resolution import SpectralSuperResolution, SpectralSuperResolutionConfig, upscale
@@ -190,6 +189,41 @@ def test_the_progress_bar_counts_images(capsys):
     assert "5/5" in capsys.readouterr().err
 
 
+def test_the_image_is_seen_growing_coarse_to_fine():
+    pipe, seen = pipeline(scales=3), []
+
+    def look(pipe, step, timestep, tensors):
+        seen.append((step, timestep, pipe.model.decode(tensors["tokens"])))
+
+    final = pipe(
+        class_labels=[1, 2, 3], generator=seeded(), output_type="latent", batch_size=2, callback_on_step_end=look
+    ).images
+    assert [(step, timestep, len(images)) for step, timestep, images in seen] == [
+        (0, 4, 2), (1, 8, 2), (2, 12, 2), (0, 4, 1), (1, 8, 1), (2, 12, 1)
+    ]  # fmt: skip
+    assert torch.equal(torch.cat([seen[2][2], seen[5][2]]), final)
+    errors = [(images - final[:2]).square().mean() for _, _, images in seen[:3]]
+    assert errors[0] > errors[1] > errors[2] == 0
+    for count in (1, 2, 3):
+        early = pipe(class_labels=[1, 2], generator=seeded(), output_type="latent", num_scales=count).images
+        assert torch.equal(early, seen[count - 1][2])  # the same images, stopped earlier
+
+
+@torch.no_grad()
+def test_tiling_is_switched_on_and_off():
+    pipe = pipeline(scales=1, super_resolution=network())
+    expected = pipe(class_labels=1, generator=seeded(), output_type="pt").images
+    pipe.enable_tiling(tile_size=2, tile_overlap=0)
+    seams = pipe(class_labels=1, generator=seeded(), output_type="pt").images
+    pipe.enable_tiling(tile_size=2, tile_overlap=6)
+    torch.testing.assert_close(
+        pipe(class_labels=1, generator=seeded(), output_type="pt").images, expected, atol=1e-5, rtol=0
+    )
+    pipe.disable_tiling()
+    assert torch.equal(pipe(class_labels=1, generator=seeded(), output_type="pt").images, expected)
+    assert not torch.equal(seams, expected)
+
+
 def test_offloading_between_the_two_models_changes_nothing():
     pipe = pipeline(super_resolution=network())
     expected = pipe(class_labels=[1, 2], num_images=2, generator=seeded(), batch_size=3, output_type="pt").images
@@ -221,6 +255,8 @@ def test_offloading_between_the_two_models_changes_nothing():
         ({"temperature": 0.0}, "temperature=0.0"),
         ({"top_k": -1}, "top_k=-1"),
         ({"top_p": 0.0}, "top_p=0.0"),
+        ({"num_scales": 0}, r"num_scales=0 must be in \[1, 2\]"),
+        ({"num_scales": 3}, "num_scales=3"),
         ({"generator": [torch.Generator()]}, "generator=.*torch.Generator"),
     ],
 )
@@ -298,35 +334,6 @@ def test_a_fresh_process_needs_one_import(tmp_path):
     )
     assert run.returncode == 0, run.stderr
     assert Image.open(tmp_path / "image.png") == Image.open(tmp_path / "expected.png")
-
-
-def test_from_the_hub_come_data_files_only(tmp_path, monkeypatch):
-    source, cache = tmp_path / "hub", tmp_path / "cache"
-    pipe = pipeline(super_resolution=network())
-    pipe.save_pretrained(source)
-    wanted = ["README.md", "privacy.json", "images/grid.png"]
-    unwanted = ["model/pytorch_model.bin", "model/training_args.bin", "optimizer.pt", "x.pkl", "model/code.py"]
-    for name in (*wanted, *unwanted):
-        (source / name).parent.mkdir(exist_ok=True)
-        (source / name).write_text("{}")
-
-    def snapshot_download(repo_id, *, allow_patterns, revision, **_):
-        assert (repo_id, revision) == ("owner/name", "v1")
-        names = [str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()]
-        for name in filter_repo_objects(names, allow_patterns=allow_patterns):
-            (cache / name).parent.mkdir(parents=True, exist_ok=True)
-            (cache / name).write_bytes((source / name).read_bytes())
-        return str(cache)
-
-    monkeypatch.setattr(pipeline_spectral, "snapshot_download", snapshot_download)
-    again = DPSpectralPipeline.from_pretrained("owner/name", revision="v1")
-    arrived = {str(path.relative_to(cache)) for path in cache.rglob("*") if path.is_file()}
-    saved = {"model_index.json", "model/generation_config.json", "image_processor/preprocessor_config.json"}
-    for part in ("model", "super_resolution"):
-        saved |= {f"{part}/config.json", f"{part}/model.safetensors"}
-    assert arrived == saved | set(wanted)
-    again.set_progress_bar_config(disable=True)
-    assert again(class_labels=2, generator=seeded()).images == pipe(class_labels=2, generator=seeded()).images
 
 
 def test_the_index_names_importable_modules(tmp_path):

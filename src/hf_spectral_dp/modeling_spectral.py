@@ -19,10 +19,11 @@ from transformers.models.llama.modeling_llama import LlamaModel
 
 from .codec import SpectralCodec
 from .configuration_spectral import SpectralConfig
+from .safe_loading import HubModel
 from .sampling import StepByStep, draw, step
 
 
-class SpectralTokenizerForCausalLM(PreTrainedModel, GenerationMixin):
+class SpectralTokenizerForCausalLM(HubModel, PreTrainedModel, GenerationMixin):
     """Autoregressive model of `config.layout.length` wavelet tokens after one start token.
 
     Input ids are (B, 1 + t): a start token (`config.class_token_ids[label]` or `config.null_token_id`), then image
@@ -218,8 +219,9 @@ class SpectralTokenizerForCausalLM(PreTrainedModel, GenerationMixin):
                 null = torch.zeros_like(text_states) if negative_text_states is None else negative_text_states
                 text_states = torch.cat([text_states, null])
         cache, tokens = DynamicCache(config=self.config), []
-        for position in range(length):
-            scale = self.config.layout.scales[self.config.layout.scale_of_position[position]]
+        layout = self.config.layout
+        for position, index in enumerate(layout.scale_of_position[:length]):
+            scale = layout.scales[index]
             codes = slice(scale.first_id, scale.first_id + scale.codes)  # the only ones that may follow here
             if position == 0:  # by `forward`, whose hooks bring an offloaded model to its device
                 start = {"input_ids": current[:, None], "text_states": text_states}
@@ -263,6 +265,7 @@ class SpectralTokenizerForCausalLM(PreTrainedModel, GenerationMixin):
                 f" text_states of shape {None if text is None else tuple(text.shape)}: they need text_states of their"
                 " shape and guidance, for instance guidance_scale=3."
             )
+
     def _head(self, hidden: Tensor, codes: slice) -> Tensor:
         """Logits (B, codes) of some codes only, of hidden states (B, hidden_size)."""
         if type(self.lm_head) is nn.Linear:

@@ -20,6 +20,8 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .safe_loading import HubModel
+
 Resampling = Literal["nearest", "bicubic", "lanczos"]
 RESAMPLING_MODES: tuple[str, ...] = get_args(Resampling)
 
@@ -70,7 +72,7 @@ class _ResidualBlock(nn.Module):
         return hidden + self.second(F.gelu(self.first(hidden)))
 
 
-class SpectralSuperResolution(PreTrainedModel):
+class SpectralSuperResolution(HubModel, PreTrainedModel):
     """Small residual upscaler for box-filtered (area-averaged) images, trained on PUBLIC images only.
 
     One doubling is: bicubic upsampling plus a predicted residual (pixel shuffle), minus its own block means, times

@@ -79,7 +79,7 @@ def nearest_neighbours(generated: Tensor, training: Iterable[Tensor], heldout: I
     centre = generated.mean(0)
     queries = generated - centre  # small numbers: differences of large squares would lose digits
     best, where = generated.new_full((len(generated), 0), 0.0), torch.zeros(len(generated), 0, dtype=torch.long)
-    counts = []
+    counts: list[int] = []
     for kind, chunks in (("training", training), ("held-out", heldout)):
         first = sum(counts)
         seen = first
@@ -242,7 +242,7 @@ def completions(model: Any, rows: Tensor, prefix: int, batch_size: int = 256) ->
     length = rows.shape[1]
     done = [
         model.generate(
-            some[:, : 1 + prefix].to(device), do_sample=False, max_new_tokens=length - 1 - prefix, use_cache=True
+            some[:, : 1 + prefix].to(device), do_sample=False, max_length=length, use_cache=True
         ).cpu()
         for some in rows.split(batch_size)
     ]
@@ -268,7 +268,7 @@ def extraction(model: Any, members: Tensor, others: Tensor, prefix: int | None =
     right = [completions(model, rows, prefix) == rows[:, 1 + prefix :] for rows in (members, others)]
     exact = [int(some.all(1).sum()) for some in right]
     matched = [some.double().mean(1) for some in right]
-    attack = attack_result("completion of a prefix", *matched, confidence=1 - FLAG)
+    attack = attack_result("completion of a prefix", matched[0], matched[1], confidence=1 - FLAG)
     exact_p = float(stats.hypergeom.sf(exact[0] - 1, len(members) + len(others), len(members), sum(exact)))
     return ExtractionResult(
         prefix=prefix,
