@@ -7,8 +7,8 @@ Generated images are once digits of the bundled public model, which was trained 
 and once real digits of neither set, the hardest background there is. A share of them is replaced by training images: as
 they are, after the tokens of the model and its super-resolution, or with noise. Each row counts how often the panel's
 verdict was wrong: no flag where there are copies, or a flag where there are none. Copies through the tokens are NOT
-noticed (12 tokens leave less of a digit than sets it apart from other digits); what the model knows of token rows is the
-business of membership inference and extraction.
+noticed (12 tokens leave less of a digit than sets it apart from other digits); what the model knows of token rows is
+the business of membership inference and extraction.
 """
 
 import argparse
@@ -66,7 +66,9 @@ def main() -> None:
 
     def drawn(seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
-        images = chain(classes, GENERATED // 10, generator=generator, output_type="pt", batch_size=500).images
+        images = chain(
+            class_labels=classes, num_images=GENERATED // 10, generator=generator, output_type="pt", batch_size=500
+        ).images  # fmt: skip
         return pixel_features(torch.as_tensor(images) * 2 - 1)
 
     def fresh(seed: int) -> Tensor:
