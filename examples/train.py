@@ -23,7 +23,7 @@ import yaml
 from accelerate import PartialState
 from controls import compare
 from generate import image_grid
-from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageToImage
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageToImage
 
 from hf_spectral_dp import DPSpectralPipeline, DPTrainer, DPTrainingArguments, PrivacyCard
 from hf_spectral_dp.image_sources import load_images
@@ -125,6 +125,11 @@ def main() -> None:
         textual = {"text_width": text[0].config.hidden_size}  # a prior without text gets new weights for it
         if "max_text_tokens" in config["model"]:
             textual["max_text_tokens"] = config["model"]["max_text_tokens"]
+        if args.lora_rank and AutoConfig.from_pretrained(prior).conditioning != "text":
+            raise ValueError(
+                f"lora_rank={args.lora_rank} trains adapters only, and prior={prior!r} has no text: its new projection"
+                " would stay random; use lora_rank 0, or a prior with text (examples/pretrain.py --text_encoder)."
+            )
     model = AutoModelForCausalLM.from_pretrained(prior, **textual)
     processor = AutoImageProcessor.from_pretrained(prior)
     network = config["model"]["super_resolution"]  # ours, Swin2SR or their kind; none where the tokens need none

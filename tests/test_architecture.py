@@ -42,6 +42,7 @@ ORDER = [
     "publication",
     "pipeline_spectral",
     "registry",
+    "dataset_export",
     "assessment",
     "plots",
     "report",

@@ -189,6 +189,41 @@ def test_the_progress_bar_counts_images(capsys):
     assert "5/5" in capsys.readouterr().err
 
 
+def test_the_image_is_seen_growing_coarse_to_fine():
+    pipe, seen = pipeline(scales=3), []
+
+    def look(pipe, step, timestep, tensors):
+        seen.append((step, timestep, pipe.model.decode(tensors["tokens"])))
+
+    final = pipe(
+        class_labels=[1, 2, 3], generator=seeded(), output_type="latent", batch_size=2, callback_on_step_end=look
+    ).images
+    assert [(step, timestep, len(images)) for step, timestep, images in seen] == [
+        (0, 4, 2), (1, 8, 2), (2, 12, 2), (0, 4, 1), (1, 8, 1), (2, 12, 1)
+    ]  # fmt: skip
+    assert torch.equal(torch.cat([seen[2][2], seen[5][2]]), final)
+    errors = [(images - final[:2]).square().mean() for _, _, images in seen[:3]]
+    assert errors[0] > errors[1] > errors[2] == 0
+    for count in (1, 2, 3):
+        early = pipe(class_labels=[1, 2], generator=seeded(), output_type="latent", num_scales=count).images
+        assert torch.equal(early, seen[count - 1][2])  # the same images, stopped earlier
+
+
+@torch.no_grad()
+def test_tiling_is_switched_on_and_off():
+    pipe = pipeline(scales=1, super_resolution=network())
+    expected = pipe(class_labels=1, generator=seeded(), output_type="pt").images
+    pipe.enable_tiling(tile_size=2, tile_overlap=0)
+    seams = pipe(class_labels=1, generator=seeded(), output_type="pt").images
+    pipe.enable_tiling(tile_size=2, tile_overlap=6)
+    torch.testing.assert_close(
+        pipe(class_labels=1, generator=seeded(), output_type="pt").images, expected, atol=1e-5, rtol=0
+    )
+    pipe.disable_tiling()
+    assert torch.equal(pipe(class_labels=1, generator=seeded(), output_type="pt").images, expected)
+    assert not torch.equal(seams, expected)
+
+
 def test_offloading_between_the_two_models_changes_nothing():
     pipe = pipeline(super_resolution=network())
     expected = pipe(class_labels=[1, 2], num_images=2, generator=seeded(), batch_size=3, output_type="pt").images
@@ -220,6 +255,8 @@ def test_offloading_between_the_two_models_changes_nothing():
         ({"temperature": 0.0}, "temperature=0.0"),
         ({"top_k": -1}, "top_k=-1"),
         ({"top_p": 0.0}, "top_p=0.0"),
+        ({"num_scales": 0}, r"num_scales=0 must be in \[1, 2\]"),
+        ({"num_scales": 3}, "num_scales=3"),
         ({"generator": [torch.Generator()]}, "generator=.*torch.Generator"),
     ],
 )

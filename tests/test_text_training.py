@@ -228,6 +228,13 @@ def test_a_half_textual_config_is_refused(job, tmp_path, monkeypatch, section, f
     assert not (tmp_path / "out").exists()
 
 
+def test_adapters_alone_cannot_give_text_to_a_prior_without(job, tmp_path, monkeypatch):
+    job["training"]["lora_rank"] = 2
+    with pytest.raises(ValueError, match="lora_rank=2 .*would stay random"):
+        run(job, tmp_path, monkeypatch)
+    assert not (tmp_path / "out").exists()
+
+
 def test_prompts_steer_the_image(encoder, processor, tmp_path):
     """Without privacy, on toy images: a model that saw colours by name draws the colour that it is asked for."""
     model = text_model(codebook_sizes=[12, 12, 12], hidden_size=32, intermediate_size=64)

@@ -219,8 +219,9 @@ class SpectralTokenizerForCausalLM(HubModel, PreTrainedModel, GenerationMixin):
                 null = torch.zeros_like(text_states) if negative_text_states is None else negative_text_states
                 text_states = torch.cat([text_states, null])
         cache, tokens = DynamicCache(config=self.config), []
-        for position in range(length):
-            scale = self.config.layout.scales[self.config.layout.scale_of_position[position]]
+        layout = self.config.layout
+        for position, index in enumerate(layout.scale_of_position[:length]):
+            scale = layout.scales[index]
             codes = slice(scale.first_id, scale.first_id + scale.codes)  # the only ones that may follow here
             if position == 0:  # by `forward`, whose hooks bring an offloaded model to its device
                 start = {"input_ids": current[:, None], "text_states": text_states}
