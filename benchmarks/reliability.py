@@ -344,7 +344,7 @@ def resume_everywhere(base: Path) -> Row:
         trainer.train(resume_from_checkpoint=resume or None)
         report = trainer.privacy_report()
         chain = read_ledger(folder / LEDGER)
-        facts = {"guarantee": report["guarantee"], "mechanism": report["mechanism"], "charged": chain["charged"]}
+        facts = {"claim": report["claim"], "mechanism": report["mechanism"], "charged": chain["charged"]}
         facts |= {"step": trainer.state.global_step, "recovered": chain["recovered"]}
         answer.write_text(json.dumps(facts))
 

@@ -23,7 +23,7 @@ import yaml
 from accelerate import PartialState
 from controls import compare
 from generate import image_grid
-from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageToImage
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageToImage
 
 from hf_spectral_dp import DPSpectralPipeline, DPTrainer, DPTrainingArguments, PrivacyCard
 from hf_spectral_dp.image_sources import load_images
@@ -39,14 +39,14 @@ FIELDS = {
     | {"text_encoder", "text_encoder_source", "max_text_tokens"},
     "training": set(DPTrainingArguments.__dataclass_fields__) - {"output_dir"},
     "sampling": {"guidance_scale", "temperature", "top_k", "top_p"},
-    "card": {"license", "hyperparameter_tuning", "outside_guarantee", "prompts"},
+    "card": {"license", "hyperparameter_tuning", "tuning_data", "outside_guarantee", "prompts", "contact"},
     "evaluation": COLUMNS | {"images_per_class", "twin_epochs"},
 }
 REQUIRED = {
     "data": {"source", "split"},
     "model": {"prior", "prior_source", "super_resolution", "super_resolution_source"},
     "training": {"target_epsilon"},
-    "card": {"hyperparameter_tuning"},
+    "card": {"hyperparameter_tuning", "tuning_data"},
 }
 
 
@@ -125,6 +125,11 @@ def main() -> None:
         textual = {"text_width": text[0].config.hidden_size}  # a prior without text gets new weights for it
         if "max_text_tokens" in config["model"]:
             textual["max_text_tokens"] = config["model"]["max_text_tokens"]
+        if args.lora_rank and AutoConfig.from_pretrained(prior).conditioning != "text":
+            raise ValueError(
+                f"lora_rank={args.lora_rank} trains adapters only, and prior={prior!r} has no text: its new projection"
+                " would stay random; use lora_rank 0, or a prior with text (examples/pretrain.py --text_encoder)."
+            )
     model = AutoModelForCausalLM.from_pretrained(prior, **textual)
     processor = AutoImageProcessor.from_pretrained(prior)
     network = config["model"]["super_resolution"]  # ours, Swin2SR or their kind; none where the tokens need none
@@ -152,26 +157,40 @@ def main() -> None:
 
     # 4. The card, from the run itself.
     evaluation = compare(config["evaluation"], data, pipeline, prior, store, args) if config["evaluation"] else []
-    outside = list(config["card"].get("outside_guarantee", []))
+    run, about = trainer.privacy_report(), config["card"]
+    looks = list(about.get("outside_guarantee", []))
     if evaluation:
         section = config["evaluation"]
-        outside.append(f"The figures under Evaluation: measured on images of {section['source']}, {section['split']}.")
+        looks.append(f"The figures under Quality: measured on images of {section['source']}, {section['split']}.")
     models = config["model"]
     encoder = [{"role": "text encoder", "source": models["text_encoder_source"]}] if prompts else []
     report = {
-        **trainer.privacy_report(),
+        **run,
         "data": {"name": data["source"], "split": data["split"], "description": data.get("description", "")},
-        "public_components": [
+        "data_accesses": [
+            *run["data_accesses"],
+            *({"what": look, "accounted": False, "released": True} for look in looks),
+        ],
+        "public_data": [
             {"role": "codec and prior", "source": models["prior_source"]},
             {"role": "super-resolution", "source": models["super_resolution_source"]},
             *encoder,
         ],
-        "hyperparameter_tuning": config["card"]["hyperparameter_tuning"],
-        "outside_guarantee": outside,
-        "evaluation": evaluation,
+        "hyperparameter_tuning": {
+            "statement": about["hyperparameter_tuning"],
+            "data": about["tuning_data"],
+            "accounted": about["tuning_data"] != "private",
+        },
+        "audit": [],
+        "utility": evaluation,
+        "reproduce": {
+            "train": f"accelerate launch examples/train.py --config {Path(arguments.config).name}",
+            "verify": "hf-spectral-dp verify",
+        },
+        "license": about.get("license", "other"),
+        "contact": about.get("contact", "the publisher of this repository"),
     }
-    card = PrivacyCard(report)
-    card.save(folder, license=config["card"].get("license", "other"))
+    PrivacyCard(report).save(folder)
     print(f"epsilon spent  {trainer.epsilon_spent:.4f} at delta {trainer.plan.delta:.3g}, unit: {store.unit}")
     print(f"pipeline       {folder}")
     print(f"card           {folder / 'README.md'}  (check it: hf-spectral-dp verify {folder})")

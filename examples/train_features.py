@@ -37,6 +37,8 @@ not for training, not for the choice of a checkpoint (the last one is taken), no
 **Training:** {epochs} epochs, {minutes:.0f} minutes of processor time. Top-1 accuracy on {held_out:,} held-out public
 images: {accuracy:.1%}.
 
+**Terms of the images:** {terms}. The weights hold no image.
+
 **Rebuild:** `{command}`
 """
 
@@ -96,6 +98,7 @@ def main() -> None:
     parser.add_argument("--image_column", default="image")
     parser.add_argument("--label_column", default="label")
     parser.add_argument("--license", default="apache-2.0")
+    parser.add_argument("--terms", default="see their source", help="of use of the images, for the card")
     parser.add_argument("--images", type=int, default=200_000, help="read at most so many")
     parser.add_argument("--size", type=int, default=64, help="side of the images, a multiple of 16")
     parser.add_argument("--widths", type=int, nargs="+", default=[16, 32, 64, 128, 256])
@@ -148,13 +151,14 @@ def main() -> None:
     scale_features(model, images[:10_000])
     right = accuracy(model, test, test_labels)
     model.half().save_pretrained(arguments.out)
-    options = {name: value for name, value in vars(arguments).items() if name not in ("out", "public", "name")}
+    options = {name: value for name, value in vars(arguments).items() if name not in ("out", "public", "name", "terms")}
     words = " ".join(
         f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}" for name, value in options.items()
     )
     name = arguments.name or arguments.public
     card = CARD.format(
         license=arguments.license,
+        terms=arguments.terms,
         parameters=model.num_parameters(),
         dim=sum(arguments.widths[2:]),
         images=len(images),

@@ -3,6 +3,8 @@
     python examples/train_super_resolution.py --public glyphs --channels 1 --size 32 --out runs/sr-glyphs
     python examples/train_super_resolution.py --public path/or/hub-id --size 64 --out runs/sr-photos
 
+With --codec, the folder of a codec or prior, the network sees what that codec makes of the images instead of exact
+averages, and may mend what quantisation broke; use it with the same codec only.
 Never give it the sensitive images, nor images of the same people: nothing here is differentially private.
 """
 
@@ -16,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM
 
 from hf_spectral_dp.super_resolution import SpectralSuperResolution, SpectralSuperResolutionConfig, upscale
 
@@ -28,7 +31,7 @@ tags: [super-resolution, hf_spectral_dp]
 # Public super-resolution network (x{scale})
 
 Adds detail to area-averaged images with {channels} channel(s): `SpectralSuperResolution`, {parameters} parameters.
-Averaging its output over blocks gives back its input exactly.
+{promise}
 
 **Training data:** {data}. No private image was used, so applying it to the output of a differentially private model
 is post-processing.
@@ -71,11 +74,11 @@ def public_images(arguments: argparse.Namespace) -> np.ndarray:
     return np.stack(list(tqdm(itertools.islice(squares, arguments.images), "reading", total=arguments.images)))
 
 
-def batches(images: torch.Tensor, batch_size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
-    """Endless random batches in [-1, 1], mirrored at random."""
+def batches(images: torch.Tensor, batch_size: int, generator: torch.Generator, mirror: bool) -> Iterator[torch.Tensor]:
+    """Endless random batches in [-1, 1], mirrored at random if `mirror`."""
     while True:
         chosen = images[torch.randint(len(images), (batch_size,), generator=generator)].float() / 127.5 - 1
-        yield chosen.flip(-1) if torch.rand((), generator=generator) < 0.5 else chosen
+        yield chosen.flip(-1) if mirror and torch.rand((), generator=generator) < 0.5 else chosen
 
 
 def main() -> None:
@@ -85,6 +88,7 @@ def main() -> None:
     parser.add_argument("--image_column", default="image")
     parser.add_argument("--license", default="apache-2.0")
     parser.add_argument("--out", required=True)
+    parser.add_argument("--codec", help="folder of the codec whose images are to be upscaled and mended")
     parser.add_argument("--scale", type=int, default=2, choices=(2, 4))
     parser.add_argument("--channels", type=int, default=3, choices=(1, 3))
     parser.add_argument("--size", type=int, default=64, help="side of the training images in pixels")
@@ -98,6 +102,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
 
+    codec = AutoModelForCausalLM.from_pretrained(arguments.codec).codec if arguments.codec else None
+
+    def coarse(target: torch.Tensor) -> torch.Tensor:
+        return F.avg_pool2d(target, arguments.scale) if codec is None else codec.decode(codec.encode(target))
+
     images = torch.from_numpy(public_images(arguments)).permute(0, 3, 1, 2).contiguous()
     held_out = max(1, min(200, len(images) // 10))
     test, images = images[:held_out].float() / 127.5 - 1, images[held_out:]
@@ -107,17 +116,18 @@ def main() -> None:
             scale=arguments.scale,
             features=arguments.features,
             num_blocks=arguments.num_blocks,
+            keep_average=codec is None,
         )
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, arguments.learning_rate, arguments.steps + 1)
-    source = batches(images, arguments.batch_size, torch.Generator().manual_seed(arguments.seed))
+    source = batches(images, arguments.batch_size, torch.Generator().manual_seed(arguments.seed), codec is None)
     progress = tqdm(range(arguments.steps), "training")
     for step in progress:
         target = next(source)
-        if step % 4 == 3 and arguments.size % (2 * arguments.scale) == 0:
+        if codec is None and step % 4 == 3 and arguments.size % (2 * arguments.scale) == 0:
             target = F.avg_pool2d(target, 2)  # the network also meets images half as large
-        loss = F.l1_loss(model(F.avg_pool2d(target, arguments.scale)), target)
+        loss = F.l1_loss(model(coarse(target)), target)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -128,18 +138,22 @@ def main() -> None:
 
     def psnr(backend) -> float:
         with torch.no_grad():
-            error = F.mse_loss(upscale(backend, F.avg_pool2d(test, arguments.scale), arguments.scale), test)
+            error = F.mse_loss(upscale(backend, coarse(test), arguments.scale), test)
         return float(10 * torch.log10(4 / error))
 
     model.eval()
     model.save_pretrained(arguments.out)
-    options = " ".join(f"--{name} {value}" for name, value in vars(arguments).items() if name != "out")
+    given = {name: value for name, value in vars(arguments).items() if name != "out" and value is not None}
+    options = " ".join(f"--{name} {value}" for name, value in given.items())
     card = CARD.format(
         scale=arguments.scale,
         channels=arguments.channels,
         size=arguments.size,
         license=arguments.license,
         parameters=model.num_parameters(),
+        promise="Averaging its output over blocks gives back its input exactly."
+        if codec is None
+        else "It also mends what the codec that it was trained with broke: use it with that codec only.",
         data=f"{len(images)} images of `{arguments.public}` (split {arguments.split})"
         if arguments.public != "glyphs"
         else f"{len(images)} digits drawn by `examples/public_glyphs.py` (seed {arguments.seed})",

@@ -11,6 +11,7 @@ PACKAGE = ROOT / "src" / "hf_spectral_dp"
 
 # A module may import only modules of a smaller number. `privacy.*` knows nothing but itself.
 ORDER = [
+    "safe_loading",
     "wavelets",
     "layout",
     "configuration_spectral",
@@ -21,6 +22,11 @@ ORDER = [
     "image_sources",
     "text_encoder",
     "privacy",
+    "privacy_report",
+    "released_files",
+    "remote_code",
+    "report_rules",
+    "verification",
     "captions",
     "checkpoint_files",
     "saving_trainer",
@@ -35,11 +41,15 @@ ORDER = [
     "card",
     "publication",
     "pipeline_spectral",
+    "registry",
     "dataset_export",
+    "assessment",
+    "plots",
+    "report",
     "cli",
     "",  # hf_spectral_dp/__init__.py
 ]
-MAY_READ = {"card": {"privacy", "metrics"}, "privacy": set()}  # stricter than the order
+MAY_READ = {"card": {"released_files", "report_rules", "verification"}, "privacy": set()}  # stricter than the order
 PRIVACY_LIBRARIES = {"torch", "numpy", "scipy", "dp_accounting", "randomgen"}
 
 

@@ -5,6 +5,7 @@ import collections
 import numpy as np
 import pytest
 import torch
+from card_reports import PUBLISHED
 from conftest import tiny_model
 from randomgen import AESCounter
 from test_trainer import Rows, arguments
@@ -15,11 +16,6 @@ from hf_spectral_dp.privacy.ledger import read_ledger
 from hf_spectral_dp.privacy.sampling import PoissonSampler, SinglePass, TruncatedPoissonSampler
 from hf_spectral_dp.privacy.units import OneRowPerUnit
 from hf_spectral_dp.trainer import LEDGER
-
-PUBLISHER = {
-    "data": {"name": "rows", "split": "train", "description": "random"}, "public_components": [],
-    "hyperparameter_tuning": "none", "outside_guarantee": [], "evaluation": [],
-}  # fmt: skip
 
 
 class Stream(IterableDataset):
@@ -178,10 +174,10 @@ def test_plan_sampler_and_card_agree(tmp_path, changes, dataset, adjacency, even
     trainer = DPTrainer(tiny_model(), arguments(tmp_path, target_epsilon=1.0, logging_steps=6, **changes), dataset)
     trainer.train()
     report = trainer.privacy_report()
-    assert report["guarantee"]["adjacency"] == trainer.plan.adjacency == adjacency
-    assert report["mechanism"]["event"]["event"]["type"] == event
-    assert report["mechanism"]["charged_steps"] == 6 and 0.99 < report["guarantee"]["epsilon"] <= 1
-    assert PrivacyCard({**report, **PUBLISHER}).verify() == []
+    assert report["adjacency"]["relation"] == trainer.plan.adjacency == adjacency
+    assert report["accounting"]["event"]["event"]["type"] == event
+    assert report["mechanism"]["charged_steps"] == 6 and 0.99 < report["claim"]["epsilon"] <= 1
+    assert PrivacyCard({**report, **PUBLISHED}).verify() == []
 
 
 def test_truncated_batches_reach_the_model(tmp_path):
@@ -209,7 +205,7 @@ def test_every_row_is_used_once_in_every_pass(tmp_path):
     trainer.train()
     assert trainer.plan.steps == 10 and trainer.plan.steps_per_pass == 5
     assert used == [tuple(row) for row in stream.rows.tolist()] * 2
-    assert trainer.privacy_report()["mechanism"]["event"]["count"] == 2
+    assert trainer.privacy_report()["accounting"]["event"]["count"] == 2
 
 
 def test_a_null_row_moves_one_sum_per_pass_by_at_most_the_clipping_norm(tmp_path):
@@ -263,8 +259,9 @@ def test_a_person_is_the_unit_of_plan_report_and_delta(tmp_path):
     trainer = DPTrainer(tiny_model(), arguments(tmp_path, target_epsilon=1.0, expected_batch_size=3), People(7))
     trainer.train()
     report = trainer.privacy_report()
-    assert report["mechanism"]["num_examples"] == 7 and report["mechanism"]["sampling_rate"] == 3 / 7
-    assert report["guarantee"]["unit"] == "one person" and report["guarantee"]["delta"] == min(0.1 / 7, 7**-1.1)
+    assert report["adjacency"]["num_units"] == 7 and report["sampling"]["rate"] == 3 / 7
+    assert report["unit"]["definition"] == "one person" and report["unit"]["level"] == "person"
+    assert report["claim"]["delta"] == min(0.1 / 7, 7**-1.1)
 
 
 def test_a_person_never_has_two_rows_in_a_batch(tmp_path):

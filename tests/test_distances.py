@@ -66,21 +66,25 @@ def test_frechet_and_kernel_distance_equal_torchmetrics():
     assert kernel_distance(REAL[:260], OTHER) == pytest.approx(float(kid.compute()[0]), rel=1e-3)
 
 
-def test_equal_torch_fidelity():
+def test_all_equal_torch_fidelity():
+    """Where it can be imported: it needs torchvision."""
     pytest.importorskip("torch_fidelity", reason="torch-fidelity needs torchvision", exc_type=ImportError)
-    from torch_fidelity.metric_fid import fid_features_to_metric
-    from torch_fidelity.metric_kid import kid_features_to_metric
-    from torch_fidelity.metric_prc import calc_cdist_part, prc_features_to_metric  # noqa: F401
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_kid import kernel_mmd
+    from torch_fidelity.metric_prc import prc_features_to_metric
 
-    fid = fid_features_to_metric(OTHER, REAL, verbose=False)["frechet_inception_distance"]
+    moments = [fid_features_to_statistics(some) for some in (REAL, OTHER)]
+    fid = fid_statistics_to_metric(*moments, verbose=False)["frechet_inception_distance"]
     assert frechet_distance(REAL, OTHER) == pytest.approx(fid, rel=1e-3)
-    one, all_rows = REAL[:260], 260
-    kid = kid_features_to_metric(OTHER, one, kid_subsets=1, kid_subset_size=all_rows, verbose=False)
-    assert kernel_distance(one, OTHER) == pytest.approx(kid["kernel_inception_distance_mean"], rel=1e-3)
-    prc = prc_features_to_metric(OTHER, REAL, prc_neighborhood=3, verbose=False)
+    one = REAL[:260]
+    assert kernel_distance(one, OTHER) == pytest.approx(kernel_mmd(one.numpy(), OTHER.numpy()), rel=1e-3)
+    units = [(some / some.norm(dim=1, keepdim=True)).double().numpy() for some in (one, OTHER)]
+    gaussian = 1000 * kernel_mmd(*units, kid_kernel="rbf", kid_kernel_rbf_sigma=10.0)
+    assert cmmd(one, OTHER) == pytest.approx(gaussian, rel=1e-3)
+    shares = prc_features_to_metric(OTHER, REAL, prc_neighborhood=3, prc_batch_size=100, verbose=False)
     ours = neighbourhoods(REAL, OTHER, k=3)
-    assert float(ours.precision.mean()) == pytest.approx(prc["precision"], rel=1e-3)
-    assert float(ours.recall.mean()) == pytest.approx(prc["recall"], rel=1e-3)
+    assert float(ours.precision.mean()) == pytest.approx(shares["precision"], rel=1e-3)
+    assert float(ours.recall.mean()) == pytest.approx(shares["recall"], rel=1e-3)
 
 
 @settings(max_examples=25, deadline=None)

@@ -55,7 +55,7 @@ def job(tmp_path) -> dict:
             "target_epsilon": 8.0, "expected_batch_size": 20, "max_steps": 4, "micro_batch_size": 8, "use_cpu": True,
             "save_strategy": "steps", "save_steps": 2, "disable_tqdm": True,
         },
-        "card": {"license": "mit", "hyperparameter_tuning": "none"},
+        "card": {"license": "mit", "hyperparameter_tuning": "by convention", "tuning_data": "none"},
         "evaluation": {**columns, "split": "test", "images_per_class": 2, "twin_epochs": 1},
     }  # fmt: skip
 
@@ -76,14 +76,14 @@ def test_images_in_pipeline_and_card_out(job, tmp_path):
     card = PrivacyCard.load(folder)
     assert card.verify(folder) == [] and cli(["verify", str(folder)]) == 0
     report = card.report
-    assert 0.99 * 8 < report["guarantee"]["epsilon"] <= 8
+    assert 0.99 * 8 < report["claim"]["epsilon"] <= 8
     ledger = read_ledger(tmp_path / "out" / "training" / "privacy_ledger.jsonl")
     assert ledger["charged"] == report["mechanism"]["charged_steps"] == 4
-    assert ledger["head"] == report["ledger"]["head"]
+    assert ledger["head"] == report["accounting"]["ledger"]["head"]
     for word in ("floor", "ceiling", "twin", "epsilon spent", "samples.png"):
         assert word in done.stdout
     # Figures computed from private images outside the guarantee stay off the card.
-    metrics = json.dumps(report["evaluation"])
+    metrics = json.dumps(report["utility"])
     assert "floor" in metrics and "twin" not in metrics and "ceiling" not in metrics
     assert {path.name for path in folder.iterdir()} >= {"README.md", "privacy.json", "samples.png", "model_index.json"}
     pipeline = DPSpectralPipeline.from_pretrained(folder)

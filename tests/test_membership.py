@@ -3,13 +3,16 @@
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from hf_spectral_dp.metrics.membership import (
     attack_result,
     auroc_limit,
+    auroc_limit_of,
     membership_inference,
     membership_scores,
+    power_limit,
     token_log_probabilities,
 )
 
@@ -92,6 +95,21 @@ def test_the_limit_of_the_claim():
         tpr = np.minimum(np.minimum(np.exp(epsilon) * fpr + delta, 1 - np.exp(-epsilon) * (1 - delta - fpr)), 1)
         area = np.trapezoid(tpr, fpr)
         assert area - 1e-6 <= auroc_limit(epsilon, delta) <= area + delta + 1e-6
+        np.testing.assert_allclose(power_limit([(epsilon, delta)], fpr), tpr)
+        assert area <= auroc_limit_of([(epsilon, delta)]) <= area + 1e-3
+
+
+def test_the_limit_of_several_pairs_is_that_of_the_mechanism():
+    """A mechanism of mu-GDP: its power is Phi(Phi^-1(FPR) + mu), its AUROC Phi(mu / sqrt 2)."""
+    mu = 1.3
+    epsilons = np.linspace(0, 12, 600)
+    deltas = stats.norm.cdf(mu / 2 - epsilons / mu) - np.exp(epsilons) * stats.norm.cdf(-mu / 2 - epsilons / mu)
+    pairs, rates = list(zip(epsilons, deltas, strict=True)), np.array([0.001, 0.01, 0.2, 0.7])
+    truth = stats.norm.cdf(stats.norm.ppf(rates) + mu)
+    found = power_limit(pairs, rates)
+    assert (found >= truth - 1e-12).all()
+    np.testing.assert_allclose(found, truth, rtol=1e-3)
+    assert stats.norm.cdf(mu / 2**0.5) <= auroc_limit_of(pairs) <= stats.norm.cdf(mu / 2**0.5) + 2e-3
 
 
 def test_all_attacks_on_one_model(grey_model, colour_model):

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from transformers import Swin2SRConfig, Swin2SRForImageSuperResolution
 
-from hf_spectral_dp import SpectralConfig, SpectralTokenizerForCausalLM, modeling_spectral, pipeline_spectral
+from hf_spectral_dp import SpectralConfig, SpectralTokenizerForCausalLM, modeling_spectral
 from hf_spectral_dp.image_processing_spectral import SpectralImageProcessor
 from hf_spectral_dp.pipeline_spectral import DPSpectralPipeline
 from hf_spectral_dp.super_resolution import SpectralSuperResolution, SpectralSuperResolutionConfig, upscale
@@ -335,35 +334,6 @@ def test_a_fresh_process_needs_one_import(tmp_path):
     )
     assert run.returncode == 0, run.stderr
     assert Image.open(tmp_path / "image.png") == Image.open(tmp_path / "expected.png")
-
-
-def test_from_the_hub_come_data_files_only(tmp_path, monkeypatch):
-    source, cache = tmp_path / "hub", tmp_path / "cache"
-    pipe = pipeline(super_resolution=network())
-    pipe.save_pretrained(source)
-    wanted = ["README.md", "privacy.json", "images/grid.png"]
-    unwanted = ["model/pytorch_model.bin", "model/training_args.bin", "optimizer.pt", "x.pkl", "model/code.py"]
-    for name in (*wanted, *unwanted):
-        (source / name).parent.mkdir(exist_ok=True)
-        (source / name).write_text("{}")
-
-    def snapshot_download(repo_id, *, allow_patterns, revision, **_):
-        assert (repo_id, revision) == ("owner/name", "v1")
-        names = [str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()]
-        for name in filter_repo_objects(names, allow_patterns=allow_patterns):
-            (cache / name).parent.mkdir(parents=True, exist_ok=True)
-            (cache / name).write_bytes((source / name).read_bytes())
-        return str(cache)
-
-    monkeypatch.setattr(pipeline_spectral, "snapshot_download", snapshot_download)
-    again = DPSpectralPipeline.from_pretrained("owner/name", revision="v1")
-    arrived = {str(path.relative_to(cache)) for path in cache.rglob("*") if path.is_file()}
-    saved = {"model_index.json", "model/generation_config.json", "image_processor/preprocessor_config.json"}
-    for part in ("model", "super_resolution"):
-        saved |= {f"{part}/config.json", f"{part}/model.safetensors"}
-    assert arrived == saved | set(wanted)
-    again.set_progress_bar_config(disable=True)
-    assert again(class_labels=2, generator=seeded()).images == pipe(class_labels=2, generator=seeded()).images
 
 
 def test_the_index_names_importable_modules(tmp_path):

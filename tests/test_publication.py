@@ -1,4 +1,4 @@
-"""Uploads: the public files of a pipeline and its card, never what lies beside them. Commits are recorded, not sent."""
+"""What is uploaded: a pipeline and its card, never what lies beside them. Sent for real in test_hub_roundtrip.py."""
 
 import json
 from pathlib import Path
@@ -7,11 +7,12 @@ import pytest
 import torch
 from card_reports import report
 from conftest import tiny_model
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationDelete, HfApi
 from test_trainer import Rows, arguments
 
 from hf_spectral_dp import DPSpectralPipeline, DPTrainer, PrivacyCard, SpectralImageProcessor
-from hf_spectral_dp.publication import is_public, public_files, publish
+from hf_spectral_dp.publication import publish
+from hf_spectral_dp.released_files import is_public, public_files
 
 PUBLIC = {
     "README.md", "privacy.json", "samples.png", "model_index.json", "model/config.json", "model/generation_config.json",
@@ -35,11 +36,15 @@ def hub(monkeypatch) -> dict[str, bytes]:
 
     def create_commit(self, repo_id, operations, **options):
         for operation in operations:
+            if isinstance(operation, CommitOperationDelete):
+                del received[operation.path_in_repo]
+                continue
             with operation.as_file() as file:
                 received[operation.path_in_repo] = file.read()
         return f"commit to {repo_id}"
 
     monkeypatch.setattr(HfApi, "create_commit", create_commit)
+    monkeypatch.setattr(HfApi, "list_repo_files", lambda self, repo_id, **options: list(received))
     monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **options: type("Url", (), {"repo_id": repo_id}))
     return received
 
@@ -58,6 +63,13 @@ def test_the_allow_list_knows_its_own_and_nothing_else():
     assert all(is_public(name) for name in PUBLIC)
     assert is_public("super_resolution/model-00001-of-00002.safetensors")
     assert is_public("model/model.safetensors.index.json")
+    for name in ("text_encoder/model.safetensors", "tokenizer/vocab.txt", "tokenizer/tokenizer.json",
+                 "tokenizer/merges.txt", "super_resolution/unet/diffusion_pytorch_model.safetensors",
+                 "super_resolution/model_index.json"):  # fmt: skip
+        assert is_public(name), name
+    alone = {"config.json", "model.safetensors", "preprocessor_config.json", "README.md", "modeling_spectral.py"}
+    assert all(is_public(name, pipeline=False) for name in alone)
+    assert not any(is_public(name, pipeline=False) for name in ("evil.py", "model/config.json", "training_args.bin"))
     assert [name for name in PRIVATE if is_public(name)] == []
 
 
@@ -74,15 +86,24 @@ def test_private_files_beside_it_are_never_uploaded(saved, hub):
             if not (saved / name).exists():
                 (saved / name).write_bytes(b"secret")
     assert set(public_files(saved)) == PUBLIC
-    with pytest.raises(ValueError, match="is not what its card says"):
-        publish(saved, "me/digits")  # .json and .safetensors files that the card does not list
+    with pytest.raises(ValueError, match="(?s)is not what its card says.*tokens.arrow is in .*not on the card"):
+        publish(saved, "me/digits")
+    with pytest.raises(ValueError, match="holds files that no pipeline has"):
+        PrivacyCard(report()).save(saved)  # nor does a card vouch for them
     assert hub == {}
-    for path in sorted(saved.rglob("*")):  # what the card does not look at is left, and stays here
-        if path.is_file() and path.suffix in (".json", ".safetensors") and str(path.relative_to(saved)) not in PUBLIC:
-            path.unlink()
-    assert (saved / "tokens/tokens.arrow").exists() and (saved / "privacy_ledger.jsonl").exists()
+
+
+def test_hidden_files_stay_here(saved, hub):
+    (saved / ".cache").mkdir()
+    (saved / ".cache" / "token").write_bytes(b"secret")
     publish(saved, "me/digits")
     assert set(hub) == PUBLIC and b"secret" not in hub.values()
+
+
+def test_what_an_earlier_upload_left_goes_in_the_same_commit(saved, hub):
+    hub |= {"model/model-00001-of-00002.safetensors": b"old", ".gitattributes": b"", "notes.md": b"the owner's"}
+    publish(saved, "me/digits")
+    assert set(hub) == PUBLIC | {".gitattributes", "notes.md"}
 
 
 @pytest.mark.parametrize("method", ["push_to_hub", "save_pretrained"])
@@ -96,7 +117,7 @@ def test_the_usual_methods_of_diffusers_go_the_same_way(saved, hub, method):
     assert set(hub) == PUBLIC
     assert hub["README.md"] == readme  # diffusers alone would put a draft that knows nothing of privacy in its place
     assert not [name for name, content in hub.items() if str(saved).encode() in content]  # no path of this machine
-    assert json.loads(hub["privacy.json"])["guarantee"]["epsilon"] == report()["guarantee"]["epsilon"]
+    assert json.loads(hub["privacy.json"])["claim"]["epsilon"] == report()["claim"]["epsilon"]
 
 
 def test_without_its_card_nothing_is_uploaded(tmp_path, hub):

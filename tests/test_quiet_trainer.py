@@ -62,7 +62,7 @@ def test_report_and_pipeline_do_not_depend_on_the_rows(tmp_path):
             rows.report = {"images": 60, "undecodable": 1234, "unlabelled": 7}
         trainer, _, _ = run(tmp_path / str(seed), rows, save_strategy="no")
         report = trainer.privacy_report()
-        report["ledger"].pop("head")  # of random numbers
+        report["accounting"]["ledger"].pop("head")  # of random numbers
         folder = tmp_path / str(seed) / "pipeline"
         processor = SpectralImageProcessor(image_size=16, num_channels=1)
         DPSpectralPipeline(trainer.merged_model(), processor).save_pretrained(folder)
@@ -239,12 +239,14 @@ def test_a_logged_loss_is_asked_for_and_marked(tmp_path):
     assert len(logged) == 6 and "loss" not in trainer.state.log_history[0]
     assert min(map(float, map(torch.min, losses))) <= min(logged) <= max(logged) <= max(float(x.max()) for x in losses)
 
-    report = {**card_reports.report(), "training": trainer.privacy_report()["training"], "outside_guarantee": []}
+    report = {**trainer.privacy_report(), **card_reports.PUBLISHED}
     readme = PrivacyCard(report).render()
-    assert "- Not covered: the loss on private images was logged" in readme and "there were none" not in readme
-    report["training"]["private_loss_logged"] = False
-    readme = PrivacyCard(report).render()
-    assert "Not covered" not in readme and "The publisher states that there were none." in readme
+    assert "- **Not covered:** the loss on private rows was logged" in readme and "all logs: no" in readme
+    silent = {**report, "data_accesses": report["data_accesses"][:1]}
+    with pytest.raises(ValueError, match="training.private_loss_logged=True, but data_accesses lists no"):
+        PrivacyCard(silent)
+    quiet_report = {**card_reports.report(), "data_accesses": report["data_accesses"][:1]}
+    assert "**Not covered:**" not in PrivacyCard(quiet_report).render()
 
     quiet = DPTrainer(tiny_model(), arguments(tmp_path, **SAVING), Rows())
     with pytest.raises(LedgerError, match="log_private_loss"):

@@ -51,6 +51,17 @@ def test_block_means_are_the_input_and_values_stay_in_range(channels, scale):
 
 
 @torch.no_grad()
+def test_a_network_that_mends_its_input_is_free_to_change_the_means():
+    config = SpectralSuperResolutionConfig(num_channels=1, features=4, num_blocks=1, keep_average=False)
+    mending = SpectralSuperResolution(config).eval()
+    mending.load_state_dict(network().state_dict())
+    images = torch.rand(2, 1, 6, 5) * 2 - 1
+    result = mending(images)
+    assert result.shape == (2, 1, 12, 10) and result.abs().max() <= 1
+    assert (F.avg_pool2d(result, 2) - images).abs().max() > 0.1
+
+
+@torch.no_grad()
 def test_keeps_the_haar_approximation_band():
     images = torch.rand(1, 1, 8, 8) * 2 - 1
     low = dwt2(network()(images), 1).approximation

@@ -180,7 +180,10 @@ def job(tmp_path) -> dict:
             "save_strategy": "no", "disable_tqdm": True,
         },
         "sampling": {"guidance_scale": 2.0},
-        "card": {"hyperparameter_tuning": "none", "prompts": ["a red circle", "a blue square"]},
+        "card": {
+            "hyperparameter_tuning": "by convention", "tuning_data": "none",
+            "prompts": ["a red circle", "a blue square"],
+        },
     }  # fmt: skip
 
 
@@ -194,16 +197,14 @@ def test_captions_in_card_out_prompts_in(job, tmp_path, monkeypatch, capsys):
     run(job, tmp_path, monkeypatch)
     folder = tmp_path / "out" / "pipeline"
     card = PrivacyCard.load(folder)
-    assert card.verify(folder) == [] and 0.99 * 8 < card.report["guarantee"]["epsilon"] <= 8
-    assert card.report["guarantee"]["unit"] == "one row of the training data (one image with all its captions)"
-    assert {"role": "text encoder", "source": "random words"} in card.report["public_components"]
+    assert card.verify(folder) == [] and 0.99 * 8 < card.report["claim"]["epsilon"] <= 8
+    assert card.report["unit"]["definition"] == "one row of the training data (one image with all its captions)"
+    assert {"role": "text encoder", "source": "random words"} in card.report["public_data"]
     readme = (folder / "README.md").read_text()
     assert "pipeline_tag: text-to-image" in readme and 'prompt="' in readme
-    assert (
-        "does not cover the prompts that users type" in readme
-        and "A private caption used as a prompt is not protected" in readme
-    )
-    assert any(name.startswith("text_encoder/") for name in card.report["artifacts"])
+    assert "Not covered: prompts that users type" in readme and "a private caption used as a prompt" in readme
+    released = {entry["path"].split("/")[0] for entry in card.report["released"]}
+    assert {"text_encoder", "tokenizer"} <= released
     assert Picture.open(folder / "samples.png").width > 8 * 64
     pipeline = DPSpectralPipeline.from_pretrained(folder)
     assert (type(pipeline.text_encoder).__name__, pipeline.model.config.conditioning) == ("BertModel", "text")
@@ -223,6 +224,13 @@ def test_captions_in_card_out_prompts_in(job, tmp_path, monkeypatch, capsys):
 def test_a_half_textual_config_is_refused(job, tmp_path, monkeypatch, section, field, message):
     del job[section][field]
     with pytest.raises(ValueError, match=message):
+        run(job, tmp_path, monkeypatch)
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapters_alone_cannot_give_text_to_a_prior_without(job, tmp_path, monkeypatch):
+    job["training"]["lora_rank"] = 2
+    with pytest.raises(ValueError, match="lora_rank=2 .*would stay random"):
         run(job, tmp_path, monkeypatch)
     assert not (tmp_path / "out").exists()
 

@@ -47,11 +47,11 @@ def test_a_run_spends_its_budget_and_reports_it(tmp_path):
     trainer = DPTrainer(tiny_model(), arguments(tmp_path), Rows())
     trainer.train()
     report = trainer.privacy_report()
-    assert 0.99 * 8 < report["guarantee"]["epsilon"] <= 8
-    assert report["guarantee"]["epsilon"] == trainer.plan.epsilon(6) == trainer.epsilon_spent
-    assert report["mechanism"]["charged_steps"] == report["ledger"]["records"] == 6
+    assert 0.99 * 8 < report["claim"]["epsilon"] <= 8
+    assert report["claim"]["epsilon"] == trainer.plan.epsilon(6) == trainer.epsilon_spent
+    assert report["mechanism"]["charged_steps"] == report["accounting"]["ledger"]["records"] == 6
     ledger = read_ledger(tmp_path / LEDGER)
-    assert ledger["charged"] == 6 and ledger["head"] == report["ledger"]["head"]
+    assert ledger["charged"] == 6 and ledger["head"] == report["accounting"]["ledger"]["head"]
     json.dumps(report, allow_nan=False)
 
 
@@ -206,7 +206,7 @@ def test_interpolation_returns_part_of_the_way_to_the_public_weights(tmp_path):
     trainer.train()
     for (name, after), before in zip(trainer.model.named_parameters(), public.parameters(), strict=True):
         torch.testing.assert_close(after.detach(), before + 0.25 * (seen[name] - before))
-    assert any("0.25" in line for line in trainer.privacy_report()["post_processing"])
+    assert any("0.25" in stage["name"] for stage in trainer.privacy_report()["stages"])
 
 
 def test_average_by_hand(tmp_path):

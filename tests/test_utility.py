@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from hf_spectral_dp.metrics.utility import classifier_accuracy
+from hf_spectral_dp.metrics import utility
+from hf_spectral_dp.metrics.utility import ARCHITECTURES, classifier_accuracy, classifier_utility
 
 
 def stripes(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,6 +26,54 @@ def test_learns_what_the_sets_share_and_repeats_itself():
     assert classifier_accuracy(*train, *test, steps=40) == accuracy
 
 
+def test_every_architecture_learns_and_every_class_has_its_result():
+    train, (images, labels) = stripes(300, 0), stripes(100, 1)
+    results = classifier_utility(*train, images, labels, seeds=2, steps=24)
+    assert [result.architecture for result in results] == list(ARCHITECTURES) and len(results) == 3
+    for result in results:
+        assert result.accuracy > 0.9 and len(result.accuracies) == 2 and result.n == 100
+        assert result.low <= result.accuracy <= result.high
+        assert [one.n for one in result.per_class] == [int((labels == label).sum()) for label in (0, 1)]
+        by_class = sum(one.accuracy * one.n for one in result.per_class) / 100
+        assert by_class == pytest.approx(result.accuracy, abs=1e-3)
+
+
+def test_a_class_that_was_never_generated_scores_nothing():
+    images, labels = stripes(200, 0)
+    only = labels == 0
+    (result,) = classifier_utility(
+        images[only], labels[only], *stripes(60, 1), architectures=["convolutional"], seeds=1, steps=8
+    )
+    assert [one.accuracy for one in result.per_class] == [1.0, 0.0] and result.spread == 0
+
+
+def test_the_choice_looks_at_generated_images_or_at_private_ones_for_epsilon(monkeypatch):
+    """The test images choose nothing; private images choose only through the private choice, at equal parts."""
+    asked = []
+    monkeypatch.setattr(utility, "private_choice", lambda counts, epsilon: asked.append((counts, epsilon)) or 0)
+    train, test, validation = stripes(200, 0), stripes(60, 1), stripes(50, 2)
+    options = {"architectures": ["convolutional", "residual"], "seeds": 2, "steps": 12}
+    chosen = classifier_utility(*train, *test, private_validation=validation, selection_epsilon=1.0, **options)
+    assert [epsilon for _, epsilon in asked] == [0.25] * 4 and all(len(counts) == 4 for counts, _ in asked)
+    assert all(0 <= count <= 50 for counts, _ in asked for count in counts)
+    assert chosen != classifier_utility(*train, *test, **options)  # the first checkpoint is not the best one
+    assert len(asked) == 4
+    flipped = test[0], 1 - test[1]
+    for one, other in zip(
+        classifier_utility(*train, *test, **options), classifier_utility(*train, *flipped, **options), strict=True
+    ):
+        assert one.accuracy == pytest.approx(1 - other.accuracy)
+    with pytest.raises(ValueError, match="selection_epsilon=None with private_validation"):
+        classifier_utility(*train, *test, private_validation=validation)
+
+
+def test_large_images_are_averaged():
+    images = torch.rand(3, 1, 96, 96)
+    small = utility._small(images)
+    assert small.shape == (3, 1, 32, 32)
+    torch.testing.assert_close(small[0, 0, 0, 0], images[0, 0, :3, :3].mean())
+
+
 def test_labels_that_mean_nothing_give_chance():
     images, labels = stripes(200, 0)
     meaningless = torch.empty_like(labels)
@@ -40,3 +89,11 @@ def test_shapes_that_do_not_fit_are_refused():
         classifier_accuracy(images, labels, images[..., :8], labels)
     with pytest.raises(ValueError, match="one label per image"):
         classifier_accuracy(images, labels[:5], images, labels)
+    with pytest.raises(ValueError, match="NaN"):
+        classifier_accuracy(images * float("nan"), labels, images, labels)
+    with pytest.raises(ValueError, match="integers from 0"):
+        classifier_accuracy(images, labels - 1, images, labels)
+    with pytest.raises(ValueError, match="10 generated images are too few"):
+        classifier_utility(images, labels, images, labels)
+    with pytest.raises(ValueError, match="unknown"):
+        classifier_utility(*stripes(20, 0), images, labels, architectures=["resnet"])

@@ -1,4 +1,4 @@
-"""`hf-spectral-dp verify FOLDER`, `card FOLDER` and `audit`: checks of the privacy claim on the command line."""
+"""`hf-spectral-dp verify`, `card`, `registry` and `audit`: the privacy claim on the command line."""
 
 import argparse
 import json
@@ -9,7 +9,19 @@ from importlib import metadata
 from pathlib import Path
 
 from .card import PrivacyCard
+from .publication import fetch, strangers
+from .registry import registry_record, registry_yaml
 from .self_audit import AuditRow, audit_installation
+
+_VERIFY = """\
+Check a privacy card against everything that is at hand:
+
+  every figure of the claim, recomputed from the recorded event      (epsilon, profile, attacks, groups)
+  every file of the folder or repository                             (hashes, nothing missing, nothing more)
+  privacy.json and README.md                                         (byte for byte what the card says)
+  the run's ledger, with --ledger                                    (chain, head, plan, number of charges)
+
+It cannot show that the training did what the record says, and nobody but the curator has the ledger."""
 
 _AUDIT = """\
 Attack the code that this installation trains with, and see whether its privacy claim survives.
@@ -37,14 +49,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="hf-spectral-dp", description="Check the claims of a differentially private generator, render its card."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, run, description in (
-        ("verify", _verify, "Recompute epsilon from privacy.json and compare the files with their recorded hashes."),
-        ("card", _card, "Render README.md again from privacy.json. Hashes stay as they are recorded."),
-    ):
-        command = commands.add_parser(name, help=description, description=description)
-        command.add_argument("folder", type=Path, metavar="FOLDER", help="folder of a saved pipeline with privacy.json")
-        command.set_defaults(run=run)
-    command.add_argument("--license", help="license identifier for the Hub; left out, README.md keeps its own")
+    verify = commands.add_parser(
+        "verify",
+        help="Recompute the claim from privacy.json; compare files and README with it.",
+        description=_VERIFY,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Exit code: 0; 1 if the card is missing, not valid, or contradicted by anything.",
+    )
+    verify.add_argument("where", metavar="FOLDER_OR_HUB_ID", help="a saved pipeline or model, or owner/name on the Hub")
+    verify.add_argument("--revision", help="branch, tag or commit of a Hub id; a full commit hash cannot move")
+    verify.add_argument("--ledger", type=Path, metavar="FILE", help="the run's privacy_ledger.jsonl, if it is at hand")
+    verify.set_defaults(run=_verify)
+    card = commands.add_parser(
+        "card",
+        help="Render README.md again from privacy.json.",
+        description="Render README.md again from privacy.json. Hashes stay as they are recorded.",
+    )
+    card.add_argument("folder", type=Path, metavar="FOLDER", help="folder of a saved pipeline with privacy.json")
+    card.set_defaults(run=_card)
+    registry = commands.add_parser(
+        "registry",
+        help="Print the card as a record of the OpenDP deployments registry.",
+        description="Print the card as a tier 3 record (YAML) of the OpenDP deployments registry.",
+    )
+    registry.add_argument("folder", type=Path, metavar="FOLDER", help="folder of a saved pipeline with privacy.json")
+    registry.add_argument("--curator", action="append", required=True, help="who publishes the model; may be repeated")
+    registry.add_argument("--intended_use", required=True, help="what the model is for")
+    registry.add_argument("--region", required=True, help="where the data come from, or whose law holds")
+    registry.add_argument("--publication_date", required=True, metavar="YYYY-MM-DD")
+    registry.add_argument("--author", action="append", required=True, help="who wrote this record; may be repeated")
+    registry.add_argument("--sector", help="such as Healthcare or Education")
+    registry.add_argument("--sources", help="where the model and its description can be found")
+    registry.set_defaults(run=_registry)
     audit = commands.add_parser(
         "audit",
         help="Attack the code that this installation trains with; needs no model and no data.",
@@ -66,8 +102,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     """Prints the guarantee and every check. 1 on any contradiction."""
-    card = PrivacyCard.load(arguments.folder)
-    checks = card.checks(arguments.folder)
+    folder, strange = Path(arguments.where), None
+    if not folder.is_dir():
+        if arguments.where.count("/") != 1 or folder.exists():
+            raise FileNotFoundError(
+                f"{arguments.where} does not exist as a folder and is no Hub id (owner/name); name one of these."
+            )
+        folder = Path(fetch(arguments.where, revision=arguments.revision, with_code=True))
+        strange = strangers(arguments.where, folder, revision=arguments.revision)
+    elif arguments.revision is not None:
+        raise ValueError(f"--revision {arguments.revision} is for a Hub id, but {arguments.where} is a folder.")
+    card = PrivacyCard.load(folder)
+    checks = card.checks(folder, arguments.ledger)
+    if strange is not None:
+        checks["repository holds nothing else"] = [f"{name} is not on the card." for name in strange]
     print(card.guarantee)
     for name, contradictions in checks.items():
         print(f"[{'FAILED' if contradictions else 'ok'}] {name}")
@@ -78,7 +126,23 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _card(arguments: argparse.Namespace) -> int:
     """Writes README.md and nothing else."""
-    PrivacyCard.load(arguments.folder).save_readme(arguments.folder, arguments.license)
+    PrivacyCard.load(arguments.folder).save_readme(arguments.folder)
+    return 0
+
+
+def _registry(arguments: argparse.Namespace) -> int:
+    """Prints the record."""
+    record = registry_record(
+        PrivacyCard.load(arguments.folder),
+        curators=arguments.curator,
+        intended_use=arguments.intended_use,
+        region=arguments.region,
+        publication_date=arguments.publication_date,
+        authors=arguments.author,
+        sector=arguments.sector,
+        sources=arguments.sources,
+    )
+    print(registry_yaml(record), end="")
     return 0
 
 

@@ -129,7 +129,7 @@ def draw_shard(pipeline: DPSpectralPipeline, settings: dict[str, Any], index: in
     # The generator of a shard depends on its number, so that no shard waits for another, and unrelated for all seeds.
     digest = hashlib.sha256(f"{settings['seed']} {index}".encode()).digest()
     generator = torch.Generator(pipeline.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    conditions = {
+    conditions: dict[str, Any] = {
         name: [values[number % len(values)] for number in numbers] for name, values in settings["conditions"].items()
     }
     images = pipeline(

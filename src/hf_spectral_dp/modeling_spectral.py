@@ -19,10 +19,11 @@ from transformers.models.llama.modeling_llama import LlamaModel
 
 from .codec import SpectralCodec
 from .configuration_spectral import SpectralConfig
+from .safe_loading import HubModel
 from .sampling import StepByStep, draw, step
 
 
-class SpectralTokenizerForCausalLM(PreTrainedModel, GenerationMixin):
+class SpectralTokenizerForCausalLM(HubModel, PreTrainedModel, GenerationMixin):
     """Autoregressive model of `config.layout.length` wavelet tokens after one start token.
 
     Input ids are (B, 1 + t): a start token (`config.class_token_ids[label]` or `config.null_token_id`), then image
@@ -264,6 +265,7 @@ class SpectralTokenizerForCausalLM(PreTrainedModel, GenerationMixin):
                 f" text_states of shape {None if text is None else tuple(text.shape)}: they need text_states of their"
                 " shape and guidance, for instance guidance_scale=3."
             )
+
     def _head(self, hidden: Tensor, codes: slice) -> Tensor:
         """Logits (B, codes) of some codes only, of hidden states (B, hidden_size)."""
         if type(self.lm_head) is nn.Linear:

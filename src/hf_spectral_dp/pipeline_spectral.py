@@ -14,13 +14,15 @@ from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
-from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .configuration_spectral import SpectralConfig
 from .image_processing_spectral import SpectralImageProcessor
 from .modeling_spectral import SpectralTokenizerForCausalLM
+from .released_files import check_own_folder
+from .safe_loading import check_index, check_shards
 from .super_resolution import RESAMPLING_MODES, SpectralSuperResolution, Upscaler, upscaler
 from .text_encoder import check_text_encoder, encode_text
 
@@ -112,6 +114,38 @@ class DPSpectralPipeline(DiffusionPipeline):
         self._tiling = {}
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "DPSpectralPipeline":
+        """Loads a saved pipeline from a folder or from the Hub. Reads data only, never code.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or a Hub id, "owner/name".
+            kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `torch_dtype`, components by name, and what
+                else diffusers takes.
+
+        Raises:
+            ValueError: remote code or pickles are asked for, a file is damaged or names one outside of its folder, or
+                the components do not fit together.
+            OSError: a component or the repository is missing.
+        """
+        for name in ("trust_remote_code", "custom_pipeline", "custom_revision"):
+            if kwargs.pop(name, None):
+                raise ValueError(f"{name} would run code from a repository; this pipeline needs none, leave it out.")
+        if kwargs.pop("use_safetensors", None) is False:
+            raise ValueError("use_safetensors=False would read a pickle, which can run code; leave it out.")
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            folder = Path(cls.download(str(pretrained_model_name_or_path), **kwargs))
+        check_index(folder / "model_index.json", cls.__name__)
+        check_shards(folder)
+        try:
+            return super().from_pretrained(folder, use_safetensors=True, **kwargs)
+        except SafetensorError as error:
+            raise ValueError(
+                f"weights in {str(folder)!r} are damaged ({error}); `hf-spectral-dp verify` names the file. Save or"
+                " download them again."
+            ) from error
+
+    @classmethod
     def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
         """Downloads a pipeline from the Hub into the cache, as `from_pretrained` does for a Hub id.
 
@@ -123,12 +157,11 @@ class DPSpectralPipeline(DiffusionPipeline):
             The local folder.
         """
         # diffusers' own download refuses components of other packages unless the repository carries their code, and
-        # leaves out files such as generation_config.json. The classes are installed here, so data files are all that is
-        # needed: no code is fetched, and no pickle, which could carry some.
+        # leaves out files such as generation_config.json. The classes are installed here: data files are all it takes.
+        from .publication import fetch  # not above: the card brings the accountants along, which take time
+
         names = ("revision", "token", "cache_dir", "force_download", "local_files_only")
-        options = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-        patterns = ["*.json", "*.safetensors", "README.md", "*.png"]  # `*` also matches the slashes of folders
-        return snapshot_download(pretrained_model_name, allow_patterns=patterns, **options)
+        return fetch(pretrained_model_name, **{name: kwargs[name] for name in names if kwargs.get(name) is not None})
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, *args: Any, push_to_hub: bool = False, **kwargs: Any
@@ -144,9 +177,7 @@ class DPSpectralPipeline(DiffusionPipeline):
         Raises:
             ValueError: other files lie in the folder; nothing was saved.
         """
-        from .publication import check_own_folder  # not above: the card brings the accountants along, which take time
-
-        check_own_folder(save_directory)
+        check_own_folder(save_directory, pipeline=True)
         names = ("repo_id", "commit_message", "private", "token", "create_pr")
         upload = {name: kwargs.pop(name) for name in names if name in kwargs} if push_to_hub else {}
         super().save_pretrained(save_directory, *args, **kwargs)

@@ -1,49 +1,16 @@
-"""What may leave the machine: the public files of a saved pipeline with its card, and nothing that lies beside them.
+"""To the Hub and back: a saved pipeline or model with its card in one commit, and nothing that lies beside them."""
 
-An allow-list, because the folder of a run also holds what must stay: token rows, the ledger, optimizer states, random
-states, the files of checkpoints. All uploads of this package go through `publish`.
-"""
-
-import os
-import re
-from collections.abc import Iterator
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, snapshot_download
 
-from .card import README_NAME, REPORT_NAME, SAMPLES_NAME, PrivacyCard
+from .card import PrivacyCard
+from .released_files import README_NAME, REPORT_NAME, SAMPLES_NAME, is_public, public_files
 
-_COMPONENTS = ("model", "image_processor", "super_resolution")
-_PUBLIC = re.compile(
-    rf"model_index\.json|{re.escape(REPORT_NAME)}|{re.escape(README_NAME)}|{re.escape(SAMPLES_NAME)}|LICENSE(\.txt|\.md)?"
-    rf"|({'|'.join(_COMPONENTS)})/(config\.json|generation_config\.json|preprocessor_config\.json"
-    r"|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json)"
-)
-
-
-def is_public(name: str) -> bool:
-    """Whether a file of that path in a pipeline's folder, such as "model/config.json", may be uploaded."""
-    return _PUBLIC.fullmatch(name) is not None
-
-
-def public_files(folder: str | Path) -> list[str]:
-    """Paths of the files in a folder that may be uploaded, sorted."""
-    return sorted(name for name in _files(Path(folder)) if is_public(name))
-
-
-def check_own_folder(folder: str | os.PathLike) -> None:
-    """Raises ValueError if anything but the public files of a pipeline lies in a folder (hidden files aside).
-
-    A pipeline has a folder of its own, so that whoever copies or uploads that folder by other means takes no private
-    file along.
-    """
-    folder = Path(folder)
-    private = sorted(name for name in _files(folder) if not is_public(name))
-    if private:
-        named = ", ".join(private[:3]) + (f" and {len(private) - 3} more" if len(private) > 3 else "")
-        raise ValueError(
-            f"{str(folder)!r} holds files that no pipeline has ({named}); save the pipeline to a folder of its own."
-        )
+# What may be fetched: data that the installed classes read. No code, and no pickle, which could carry some; no name
+# that leads out of the folder. `*` also matches slashes.
+_WANTED = ["*.json", "*.safetensors", README_NAME, SAMPLES_NAME, "LICENSE*", "*/vocab.txt", "*/merges.txt", "*.model"]
+_UNWANTED = ["*..*", "/*", ".*", "*/.*", "*:*"]
 
 
 def publish(
@@ -56,7 +23,10 @@ def publish(
     commit_message: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Uploads a saved pipeline with its card to the Hub: the files of `public_files`, whatever else is there.
+    """Uploads a saved pipeline, or a model alone, with its card to the Hub: the files of the card.
+
+    What an earlier upload left there and this one does not hold goes in the same commit, so that the repository never
+    holds weights of which the card does not speak.
 
     Args:
         folder: where the pipeline and its card were saved.
@@ -77,21 +47,63 @@ def publish(
         )
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    names = public_files(folder)
+    stale = [
+        name
+        for name in api.list_repo_files(repo_id, revision=revision)
+        if name not in names and (is_public(name) or is_public(name, pipeline=False))
+    ]
     commit = api.create_commit(
         repo_id,
-        [CommitOperationAdd(path_in_repo=name, path_or_fileobj=Path(folder) / name) for name in public_files(folder)],
+        [
+            *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=Path(folder) / name) for name in names),
+            *(CommitOperationDelete(path_in_repo=name) for name in stale),
+        ],
         revision=revision,
-        commit_message=commit_message or "Upload DPSpectralPipeline with its privacy card",
+        commit_message=commit_message or "Upload model with its privacy card",
         create_pr=create_pr,
     )
     return str(commit)
 
 
-def _files(folder: Path) -> Iterator[str]:
-    for path in folder.rglob("*"):
-        name = path.relative_to(folder)
-        if not path.is_dir() and not any(part.startswith(".") for part in name.parts):
-            yield name.as_posix()
+def fetch(
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    force_download: bool = False,
+    local_files_only: bool = False,
+    with_code: bool = False,
+) -> str:
+    """Downloads a published pipeline or model into the cache: data files only, and nothing is run.
+
+    Args:
+        repo_id: Hub id, "owner/name".
+        revision, token, cache_dir, force_download, local_files_only: as in `huggingface_hub`.
+        with_code: also source files, to compare them with the card.
+
+    Returns:
+        The local folder.
+    """
+    return snapshot_download(
+        repo_id,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        force_download=force_download,
+        local_files_only=local_files_only,
+        allow_patterns=[*_WANTED, "*.py"] if with_code else _WANTED,
+        ignore_patterns=_UNWANTED,
+    )
 
 
-__all__ = ["check_own_folder", "is_public", "public_files", "publish"]
+def strangers(repo_id: str, folder: str | Path, *, revision: str | None = None, token: str | None = None) -> list[str]:
+    """Names of the files in a repository that its card does not list, hidden ones aside; `fetch` leaves most there."""
+    listed = {entry["path"] for entry in PrivacyCard.load(folder).report["released"]} | {README_NAME, REPORT_NAME}
+    names = HfApi(token=token).list_repo_files(repo_id, revision=revision)
+    hidden = [name for name in names if any(part.startswith(".") for part in name.split("/"))]
+    return sorted(set(names) - listed - set(hidden))
+
+
+__all__ = ["fetch", "publish", "strangers"]

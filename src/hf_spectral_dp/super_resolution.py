@@ -20,6 +20,8 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .safe_loading import HubModel
+
 Resampling = Literal["nearest", "bicubic", "lanczos"]
 RESAMPLING_MODES: tuple[str, ...] = get_args(Resampling)
 
@@ -33,6 +35,8 @@ class SpectralSuperResolutionConfig(PreTrainedConfig):
         scale: output side over input side, 2 or 4; 4 runs the same doubling network twice.
         features: width of the network.
         num_blocks: residual blocks.
+        keep_average: True makes block means of the output equal the input, for inputs that are exact area averages.
+            False lets the network also mend the input, for one trained on what a codec makes of images.
 
     Raises:
         ValueError: a field out of range, naming it, its value and the rule.
@@ -44,6 +48,7 @@ class SpectralSuperResolutionConfig(PreTrainedConfig):
     scale: int = 2
     features: int = 32
     num_blocks: int = 5
+    keep_average: bool = True
 
     def __post_init__(self, **kwargs):
         if self.num_channels not in (1, 3):
@@ -67,12 +72,13 @@ class _ResidualBlock(nn.Module):
         return hidden + self.second(F.gelu(self.first(hidden)))
 
 
-class SpectralSuperResolution(PreTrainedModel):
+class SpectralSuperResolution(HubModel, PreTrainedModel):
     """Small residual upscaler for box-filtered (area-averaged) images, trained on PUBLIC images only.
 
     One doubling is: bicubic upsampling plus a predicted residual (pixel shuffle), minus its own block means, times
     the largest factor of at most 1 that keeps the block inside [-1, 1], plus the input pixel. So for every input in
-    [-1, 1] the output lies in [-1, 1] and its 2x2 block means equal the input, up to rounding.
+    [-1, 1] the output lies in [-1, 1] and its 2x2 block means equal the input, up to rounding. With
+    `keep_average=False` it is upsampling plus residual, clamped to [-1, 1].
     """
 
     config: SpectralSuperResolutionConfig
@@ -102,6 +108,8 @@ class SpectralSuperResolution(PreTrainedModel):
         for block in self.body:
             hidden = block(hidden)
         detail = _bicubic(images, 2) + F.pixel_shuffle(self.tail(hidden), 2)
+        if not self.config.keep_average:
+            return detail.clamp(-1, 1)
         detail = detail - F.interpolate(F.avg_pool2d(detail, 2), scale_factor=2.0, mode="nearest")
         # How far the block may move up and down from its mean before a pixel leaves [-1, 1].
         highest, lowest = F.max_pool2d(detail, 2), F.max_pool2d(-detail, 2)
@@ -118,7 +126,8 @@ class SpectralSuperResolution(PreTrainedModel):
             pixel_values: (B, num_channels, h, w) in [-1, 1]; values outside are clamped.
 
         Returns:
-            (B, num_channels, scale * h, scale * w) in [-1, 1]; `avg_pool2d(output, scale)` equals the input.
+            (B, num_channels, scale * h, scale * w) in [-1, 1]; with `keep_average`, `avg_pool2d(output, scale)` equals
+            the input.
 
         Raises:
             ValueError: another number of dimensions or channels.

@@ -10,7 +10,6 @@ import logging
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from .batches import BatchLoader, count_units
 from .checkpoint_files import CheckpointError, clear_staging, newest_whole, verify
-from .privacy.budget import accountant_version, event_to_dict
 from .privacy.clipping import PerExampleClipper
 from .privacy.ledger import PrivacyLedger
 from .privacy.mechanism import NoisyClippedMean
-from .privacy.noise import describe_randomness, system_generator
+from .privacy.noise import system_generator
+from .privacy_report import run_report
 from .quiet_trainer import QuietTrainer
 from .training_args import DPTrainingArguments
 
@@ -36,12 +35,6 @@ logger = logging.getLogger(__name__)
 
 LEDGER = "privacy_ledger.jsonl"
 _AVERAGE = "averaged_weights.safetensors"
-_MECHANISMS = {
-    "poisson": "DP-SGD (Poisson-subsampled Gaussian mechanism)",
-    "truncated_poisson": "DP-SGD (Gaussian mechanism on truncated Poisson batches)",
-    "single_pass": "DP-SGD (Gaussian mechanism, each row in one batch of a pass)",
-}
-_SOFTWARE = ("hf_spectral_dp", "torch", "transformers", "dp-accounting", "randomgen", "peft")
 
 
 class DPTrainer(QuietTrainer):
@@ -60,7 +53,7 @@ class DPTrainer(QuietTrainer):
         callbacks, optimizers: as in transformers.
 
     Formal guarantee: the sequence of all weights, of all checkpoints and of everything logged is
-    (`privacy_report()["guarantee"]["epsilon"]`, delta)-differentially private for one unit of `train_dataset` under
+    (`privacy_report()["claim"]["epsilon"]`, delta)-differentially private for one unit of `train_dataset` under
     `plan.adjacency`, by `PrivacyPlan` and post-processing. Assumptions: the number of units and all arguments are
     public and were not chosen by looking at the rows; the model was not trained on them before; `per_example_loss` of a
     row depends on that row and the weights alone; the text encoder is public, too; the time a step takes is not
@@ -290,40 +283,20 @@ class DPTrainer(QuietTrainer):
 
     def privacy_report(self) -> dict[str, Any]:
         """What was guaranteed and by which mechanism, for the steps that really ran; plain JSON values for the card."""
-        plan, args, charged = self.plan, self.args, self._charged
-        post_processing = ["weights of all steps are covered: optimizer, schedule and checkpoints are post-processing"]
+        args, post_processing = self.args, []
         if args.ema_decay:
             post_processing.append(f"exponential moving average of the weights, decay {args.ema_decay:g}")
         if args.public_interpolation != 1:
             post_processing.append(f"public weights + {args.public_interpolation:g} * (trained - public weights)")
-        return {
-            "schema_version": 1,
-            "guarantee": {
-                "epsilon": plan.epsilon(charged),
-                "delta": plan.delta,
-                "unit": getattr(self.train_dataset, "unit", "one row of the training data (one image with its label)"),
-                "adjacency": plan.adjacency,
-                "accountant": "PLD",
-                "accountant_version": accountant_version(),
-                "profile": plan.profile(charged),
-                "epsilon_without_amplification": plan.epsilon_without_amplification(charged),
-            },
-            "mechanism": {
-                "name": _MECHANISMS[plan.sampling],
-                "sampling": plan.sampling,
-                "sampling_rate": plan.sampling_rate,
-                "max_batch_size": plan.max_batch_size,
-                "num_examples": plan.num_examples,
-                "expected_batch_size": plan.expected_batch_size,
-                "noise_multiplier": plan.noise_multiplier,
-                "clipping_norm": args.clipping_norm,
-                "planned_steps": plan.steps,
-                "charged_steps": charged,
-                "normalisation": "noisy clipped sum divided by the public expected batch size",
-                "randomness": describe_randomness(self._noise.source),
-                "event": event_to_dict(plan.event(charged)),
-            },
-            "training": {
+        return run_report(
+            self.plan,
+            self._charged,
+            self._head,
+            clipping_norm=args.clipping_norm,
+            unit=getattr(self.train_dataset, "unit", "one row of the training data (one image with its label)"),
+            person=getattr(self.train_dataset, "units", None) is not None,
+            noise_source=self._noise.source,
+            training={
                 "trainable_parameters": sum(parameter.numel() for parameter in self._clipper.parameters.values()),
                 "adapter": {"type": "lora", "rank": args.lora_rank} if args.lora_rank else None,
                 "optimizer": str(getattr(args.optim, "value", args.optim)),
@@ -333,10 +306,8 @@ class DPTrainer(QuietTrainer):
                 "conditioning": getattr(getattr(self.model, "config", None), "conditioning", "none"),
                 "private_loss_logged": args.log_private_loss,
             },
-            "post_processing": post_processing,
-            "ledger": {"records": charged, "head": self._head},
-            "software": {name: metadata.version(name) for name in _SOFTWARE},
-        }
+            post_processing=post_processing,
+        )
 
 
 def _text_dropout(model: Any, dataset: Any) -> float:

@@ -10,7 +10,7 @@ trained without noise: an attack that fails on the twin says nothing about the m
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,6 +163,25 @@ def auroc_limit(epsilon: float, delta: float) -> float:
     return min(1.0, 1 / (1 + math.exp(-epsilon)) + delta)
 
 
+def power_limit(pairs: Sequence[tuple[float, float]], rates: np.ndarray) -> np.ndarray:
+    """The largest true positive rate of any attack on one row, at each false positive rate (n,) in [0, 1].
+
+    A mechanism that is (epsilon, delta)-DP allows no test with more than e^eps FPR + delta, nor one with more than
+    1 - e^-eps (1 - delta - FPR), which is the same for the opposite test (Kairouz et al., arXiv:1311.0776, Theorem
+    2.1). It holds for every pair that the mechanism satisfies, so the smallest bound counts.
+    """
+    epsilons, deltas = np.array(pairs, dtype=float).T[:, :, None]
+    direct = np.exp(epsilons) * rates + deltas
+    opposite = 1 - np.exp(-epsilons) * (1 - deltas - rates)
+    return np.minimum(np.minimum(direct, opposite).min(0), 1)
+
+
+def auroc_limit_of(pairs: Sequence[tuple[float, float]]) -> float:
+    """As `auroc_limit`, for a mechanism that satisfies several pairs: the area below `power_limit`, from above."""
+    edges = np.linspace(0, 1, 4001)
+    return float(power_limit(pairs, edges[1:]).mean())  # the limit grows: its right end is the most of every step
+
+
 def membership_inference(
     model: Any, members: Tensor, others: Tensor, confidence: float = 0.95
 ) -> list[MembershipResult]:
@@ -185,7 +204,9 @@ __all__ = [
     "MembershipResult",
     "attack_result",
     "auroc_limit",
+    "auroc_limit_of",
     "membership_inference",
     "membership_scores",
+    "power_limit",
     "token_log_probabilities",
 ]

@@ -119,15 +119,16 @@ def collect(
             if not torch.isfinite(features).all():
                 raise ValueError(f"{name}: features of images {seen} to {seen + len(images) - 1} are not finite.")
             members = _deal(seen, len(images), generator)
-            membership = torch.nn.functional.one_hot(members, GROUPS).double()
-            counts += membership.sum(0).long()
+            membership = torch.nn.functional.one_hot(members, GROUPS)
+            counts += membership.sum(0)
             for key, value in vectors.items():
-                added = membership.T @ value.double()
+                # A batch is summed in its own precision, which is exact enough for a hundred terms, and then added up.
+                added = (membership.T.to(value.dtype) @ value).double()
                 sums[key] = sums[key] + added if key in sums else added
             if "products" not in sums:
                 sums["products"] = torch.zeros(GROUPS, extractor.dim, extractor.dim, dtype=torch.float64)
             for group in members.unique().tolist():
-                some = features[members == group].double()
+                some = features[members == group]
                 sums["products"][group].addmm_(some.T, some)
             rows, keys = _sample(rows, keys, features, reservoir, generator)
             seen += len(images)
@@ -183,7 +184,7 @@ def _vectors(
                 f" dim={extractor.dim}."
             )
     vectors = {
-        "features": features,
+        "features": features.double(),
         "bands": band_energies(images),
         "gram": gram_matrices(maps),
         "embedding": perceptual_embedding(maps),

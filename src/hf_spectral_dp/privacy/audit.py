@@ -21,7 +21,7 @@ from .clipping import PerExampleClipper
 from .mechanism import NoisyClippedMean
 
 
-def rate_bounds(successes: int, trials: int, failure: float) -> tuple[float, float]:
+def rate_bounds(successes: float, trials: float, failure: float) -> tuple[float, float]:
     """Lower and upper bound on a success probability, each wrong with probability at most `failure`.
 
     Clopper and Pearson (Biometrika 1934): exact for independent trials with one success probability.

@@ -88,6 +88,12 @@ def epsilon_of(
     return _epsilon(event, delta, adjacency, grid)
 
 
+def deltas_of(event: dp_event.DpEvent, epsilons: Sequence[float], adjacency: str = "add-or-remove-one") -> list[float]:
+    """The delta of `event` at each epsilon >= 0, by PLD: upper bounds, as `epsilon_of` is."""
+    epsilon_of(event, 0.5, adjacency)  # refuses what it has no proof for
+    return [float(delta) for delta in _pld(event, adjacency, _GRID).get_delta(list(epsilons))]
+
+
 def gaussian_epsilon(noise_multiplier: float, delta: float) -> float:
     """The exact epsilon of one Gaussian mechanism without sampling, rounded up to four decimals.
 

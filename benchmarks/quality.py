@@ -1,0 +1,290 @@
+"""What the images of a private generator are worth at a given epsilon, beside every control that tells why.
+
+    python -m benchmarks.quality --dataset mnist --epsilon 1 10 inf --size small --out quality.json
+
+All methods see the same private rows, spend the same (epsilon, delta) under the same accountant by the same trainer,
+see public images of the same kind, and are measured by the same code. The methods:
+
+    ours           coarse wavelet tokens, then public super-resolution
+    ceiling        (a) real private images through codec and super-resolution: the best ours could do
+    floor          (b) the public model of ours without any private training
+    raster         (d) tokens of full-resolution patches in raster order, the kind of DP-LlamaGen
+    pixels         (e) plain low-resolution pixels as tokens, no wavelets; enlarged by public super-resolution
+    diffusion      (f) diffusion on area-averaged images, attention trained, the kind of DP-LDM; enlarged likewise
+    real           real private images themselves
+
+Epsilon inf is (c), the non-private twin of each. Nothing is chosen on test images. Figures of `ceiling`, `real` and
+epsilon inf are facts about private images that no guarantee covers.
+
+The sizes say how much is trained, and every row repeats it: "quick" shows that all of it runs; "small" gives every
+method the same number of private examples, for a quarter of an hour of one core; "medium" takes a night of it, and
+"full" is for a GPU. Ours starts from the bundled public model where there is one; the others are trained on public
+images in the run, as the row says.
+
+    python -m benchmarks.quality --dataset mnist --size medium --pipeline runs/mnist/pipeline
+
+measures instead, as "ours", a pipeline that examples/train.py made, at the epsilon that its card states.
+"""
+
+import argparse
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForImageToImage
+
+from benchmarks.quality_data import IMAGE_SETS, ImageSet, Labelled, private_images, public_images
+from benchmarks.quality_figures import figures, save_grid
+from benchmarks.quality_methods import (
+    Cost,
+    DiffusionGenerator,
+    Generator,
+    TokenGenerator,
+    train_privately,
+    train_publicly,
+)
+from benchmarks.report import write_report
+from hf_spectral_dp import DPSpectralPipeline, PrivacyCard, SpectralConfig
+from hf_spectral_dp.super_resolution import upscale
+
+METHODS = ("ours", "ceiling", "floor", "raster", "pixels", "diffusion", "real")
+TRAINED = ("ours", "raster", "pixels", "diffusion")
+DELTA = 1e-5
+CHECKPOINTS = Path(__file__).parents[1] / "src" / "hf_spectral_dp" / "checkpoints"
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is trained and measured.
+
+    Attributes:
+        private, test, public: images. each: images generated per class.
+        public_steps: of 64 public images each, for every model that is not bundled.
+        steps, batch: of DP training. twin_steps: of 64 private images each, at epsilon inf.
+        classifier_steps, seeds: of each of the three architectures, on images averaged over blocks of side `block`.
+        compared: images for distances.
+        widths, denoising_steps: of the diffusion model.
+    """
+
+    private: int
+    test: int
+    public: int
+    each: int
+    public_steps: int
+    steps: int
+    batch: int
+    twin_steps: int
+    classifier_steps: int
+    seeds: int
+    block: int
+    compared: int
+    widths: tuple[int, int]
+    denoising_steps: int
+
+
+SIZES = {
+    "quick": Size(1000, 300, 600, 20, 8, 4, 128, 8, 16, 1, 2, 100, (16, 32), 4),
+    "small": Size(20000, 3000, 4000, 100, 250, 24, 512, 250, 150, 1, 2, 1000, (16, 32), 20),
+    "medium": Size(60000, 10000, 20000, 1000, 3000, 200, 2048, 3000, 400, 1, 2, 2000, (32, 64), 20),
+    "full": Size(60000, 10000, 60000, 2000, 8000, 400, 4096, 20000, 2000, 3, 1, 10000, (64, 128), 50),
+}
+
+# Settings of DP training, none of which was chosen on these images. Token models: those of the bundled demo. A
+# diffusion model's gradients are small, so it gets a small clipping norm, and Adam, which does not see their scale.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "ours": {"optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 0.25, "ema_decay": 0.9},
+    "raster": {"optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 0.25, "ema_decay": 0.9},
+    "pixels": {"optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 0.25, "ema_decay": 0.9},
+    "diffusion": {"optim": "adamw_torch", "learning_rate": 1e-3, "ema_decay": 0.9, "clipping_norm": 0.05},
+}
+
+
+def upscaler(network: Any, size: int, coarse: Tensor) -> Tensor:
+    """Coarse images at the full size: by `network` as often as it takes, or bicubically if there is none."""
+    with torch.no_grad():
+        while coarse.shape[-1] < size:
+            coarse = upscale("bicubic" if network is None else network, coarse)
+    return coarse
+
+
+def configuration(images: ImageSet, **fields: Any) -> SpectralConfig:
+    """The transformer that all token models share."""
+    return SpectralConfig(
+        num_channels=images.channels, num_classes=images.classes, hidden_size=64, intermediate_size=160,
+        num_hidden_layers=3, num_attention_heads=4, **fields,
+    )  # fmt: skip
+
+
+def public_generator(method: str, name: str, images: ImageSet, public: Labelled, size: Size) -> tuple[Generator, Cost]:
+    """A generator that knows public images only, and what its public training took (nothing if it is bundled)."""
+    torch.manual_seed(0)
+    pixels, labels = public
+    side = images.size
+    bundled = name == "mnist"
+    if bundled and method == "ours":
+        model = AutoModelForCausalLM.from_pretrained(CHECKPOINTS / "digits-fine")
+        network = AutoModelForImageToImage.from_pretrained(CHECKPOINTS / "digits-fine-super-resolution")
+        return TokenGenerator(model, partial(upscaler, network, side)), Cost(0.0, 0.0)
+    network = AutoModelForImageToImage.from_pretrained(CHECKPOINTS / "digits-super-resolution") if bundled else None
+    enlarged = partial(upscaler, network, side)
+    generator: Generator
+    if method == "diffusion":
+        generator = DiffusionGenerator(
+            images.channels, side, min(16, side // 2), images.classes, enlarged, size.denoising_steps, size.widths
+        )
+    else:
+        codes = min(256, len(pixels) // 4)
+        pixel_codes = 32 if images.channels == 1 else codes
+        fields: dict[str, dict[str, Any]] = {
+            "ours": {"image_size": side, "levels": 3, "patch_sizes": [2] * 3, "codebook_sizes": [codes] * 3},
+            "raster": {"image_size": 2 * side, "levels": 1, "patch_sizes": [4], "codebook_sizes": [codes]},
+            "pixels": {
+                "image_size": side, "levels": (side // 8).bit_length() - 1, "patch_sizes": [1],
+                "codebook_sizes": [pixel_codes],
+            },
+        }  # fmt: skip
+        config, enlarge = configuration(images, **fields[method]), 2 if method == "raster" else 1
+        generator = TokenGenerator.from_public_images(config, pixels, enlarged, enlarge)
+    cost = train_publicly(generator, generator.rows(pixels, labels), size.public_steps, hide=0.1)
+    if int(labels.max()) < 0:
+        generator.name_classes()
+    return generator, cost
+
+
+def sources(
+    name: str,
+    methods: list[str],
+    epsilons: list[float],
+    size: Size,
+    images: ImageSet,
+    private: Labelled,
+    public: Labelled,
+) -> Iterator[tuple[str, float, Callable[[Tensor, torch.Generator], Tensor] | Labelled, Cost, Cost]]:
+    """Every method at every epsilon: name, epsilon, images or what draws them, costs of public and DP training."""
+    free = Cost(0.0, 0.0)
+    if "real" in methods:
+        count = images.classes * size.each  # as many as are generated
+        yield "real", math.inf, (private[0][:count], private[1][:count]), free, free
+    for method in TRAINED:
+        if method not in methods and not (method == "ours" and {"floor", "ceiling"} & set(methods)):
+            continue
+        base, before = public_generator(method, name, images, public, size)
+        rows = base.rows(*private)
+        if method == "ours" and "ceiling" in methods:
+            some = rows[: images.classes * size.each]
+            yield "ceiling", math.inf, (base.decoded(some), private[1][: len(some)]), before, free
+        if method == "ours" and "floor" in methods:
+            yield "floor", 0.0, base.sample, before, free
+        for epsilon in epsilons if method in methods else []:
+            generator = copy.deepcopy(base)
+            if math.isinf(epsilon):
+                cost = train_publicly(generator, rows, size.twin_steps, learning_rate=1e-3)
+            else:
+                batch = {"max_steps": size.steps, "expected_batch_size": size.batch, "micro_batch_size": 256}
+                cost = train_privately(generator, rows, epsilon, DELTA, **batch, **SETTINGS[method])
+            yield method, epsilon, generator.sample, before, cost
+
+
+def compare(
+    name: str, methods: list[str], epsilons: list[float], title: str, data: Path, grids: Path | None
+) -> Iterator[dict[str, Any]]:
+    """The rows of the benchmark."""
+    images, size = IMAGE_SETS[name], SIZES[title]
+    private = private_images(images, data, "train", size.private)
+    test = private_images(images, data, images.test_split, size.test)
+    public = public_images(images, data, size.public)
+    labels = torch.arange(images.classes).repeat(size.each)
+    for method, epsilon, source, before, cost in sources(name, methods, epsilons, size, images, private, public):
+        start = time.perf_counter()
+        drawn = (source(labels, torch.Generator().manual_seed(0)), labels) if callable(source) else source
+        seconds = time.perf_counter() - start
+        shared = {
+            "dataset": name,
+            "epsilon": "inf" if math.isinf(epsilon) else epsilon,
+            "method": method,
+            "seconds": round(cost.seconds, 1),
+            "flops": cost.flops,
+            "public_seconds": round(before.seconds, 1),
+            "epsilon_spent": cost.epsilon,
+        }
+        if callable(source):
+            rate = len(labels) / seconds
+            yield shared | {"metric": "images per second", "value": rate, "low": None, "high": None, "n": len(labels)}
+        for row in figures(drawn, test, images, size.classifier_steps, size.seeds, size.block, size.compared):
+            yield shared | row | {"size": title}
+        if grids is not None:
+            save_grid(drawn[0], images, grids / f"quality_{name}_{method}_{epsilon:g}.png")
+
+
+def measured(folder: Path, name: str, title: str, data: Path, grids: Path | None) -> Iterator[dict[str, Any]]:
+    """The rows of a trained pipeline."""
+    images, size = IMAGE_SETS[name], SIZES[title]
+    report = PrivacyCard.load(folder).report
+    test = private_images(images, data, images.test_split, size.test)
+    pipeline = DPSpectralPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    start = time.perf_counter()
+    drawn = pipeline(
+        class_labels=list(range(images.classes)), num_images=size.each, generator=torch.Generator().manual_seed(0),
+        output_type="pt", batch_size=500,
+    ).images  # fmt: skip
+    seconds = time.perf_counter() - start
+    labels = torch.arange(images.classes).repeat_interleave(size.each)
+    bordered = torch.nn.functional.pad(drawn * 2 - 1, [images.pad] * 4, value=-1)
+    mixed = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    mechanism, training = report["mechanism"], report["training"]
+    shared = {
+        "dataset": name,
+        "epsilon": report["guarantee"]["epsilon"],
+        "method": "ours",
+        "steps": mechanism["charged_steps"],
+        "batch": mechanism["expected_batch_size"],
+        "private": mechanism["num_examples"],
+        "trainable_parameters": training["trainable_parameters"],
+    }
+    rate = len(labels) / seconds
+    yield shared | {"metric": "images per second", "value": rate, "low": None, "high": None, "n": len(labels)}
+    for row in figures(
+        (bordered[mixed], labels[mixed]), test, images, size.classifier_steps, 1, size.block, size.compared
+    ):
+        yield shared | row | {"size": title}
+    if grids is not None:
+        first = torch.arange(images.classes).repeat(6) * size.each + torch.arange(6).repeat_interleave(images.classes)
+        save_grid(bordered[first], images, grids / f"quality_{name}_pipeline_{shared['epsilon']:g}.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", choices=tuple(IMAGE_SETS), default="mnist")
+    parser.add_argument("--epsilon", type=float, nargs="+", default=[1.0, 10.0, math.inf], help="inf: without privacy")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--size", choices=tuple(SIZES), default="small")
+    parser.add_argument("--quick", action="store_true", help="the same as --size quick")
+    parser.add_argument("--pipeline", type=Path, help="measure this trained pipeline only")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="one folder per image set")
+    parser.add_argument("--out", type=Path, help="JSON file; sample grids are put beside it")
+    arguments = parser.parse_args()
+    size = "quick" if arguments.quick else arguments.size
+    torch.set_num_threads(min(2, torch.get_num_threads()))  # small tensors: more threads only wait for each other
+    grids = arguments.out.parent if arguments.out and size != "quick" else None
+    command = f"python -m benchmarks.quality --dataset {arguments.dataset} --size {size}"
+    if arguments.pipeline:
+        rows = measured(arguments.pipeline, arguments.dataset, size, arguments.data, grids)
+        command += f" --pipeline {arguments.pipeline}"
+    else:
+        rows = compare(arguments.dataset, arguments.methods, arguments.epsilon, size, arguments.data, grids)
+        command += f" --epsilon {' '.join(f'{epsilon:g}' for epsilon in arguments.epsilon)}"
+        if len(arguments.methods) < len(METHODS):
+            command += f" --methods {' '.join(arguments.methods)}"
+    write_report(command, list(rows), arguments.out)
+
+
+if __name__ == "__main__":
+    main()

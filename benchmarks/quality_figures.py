@@ -1,0 +1,66 @@
+"""The figures of the quality benchmark: what images are worth for a task, and how far they are from real ones."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from benchmarks.quality_data import ImageSet, Labelled
+from hf_spectral_dp.metrics.evaluation import evaluate_images
+from hf_spectral_dp.metrics.utility import classifier_utility
+from hf_spectral_dp.privacy.audit import rate_bounds
+
+
+def figures(
+    images: Labelled, test: Labelled, kind: ImageSet, steps: int, seeds: int, block: int, compared: int
+) -> Iterator[dict[str, Any]]:
+    """Rows {"metric", "value", "low", "high", "n"} for images with labels, against real test images.
+
+    Accuracy is that of classifiers trained on the images and tested on the real ones: per architecture, and their mean
+    with the spread over architectures and seeds. Intervals are of 95 % for other test images. Distances compare equal
+    numbers of images, at most `compared`. Classifiers see averages over blocks of side `block`.
+    """
+    drawn, labels = images
+    real, real_labels = test
+    smaller = [F.avg_pool2d(_bare(some, kind), block) for some in (drawn, real)]
+    results = classifier_utility(smaller[0], labels, smaller[1], real_labels, seeds=seeds, steps=steps)
+    for found in results:
+        yield _row(f"accuracy, {found.architecture}", found.accuracy, found.low, found.high, found.n)
+    accuracies = [accuracy for found in results for accuracy in found.accuracies]
+    mean, n = fmean(accuracies), len(real)
+    low, high = rate_bounds(mean * n, n, 0.025)
+    yield _row("accuracy", mean, low, high, n) | {"spread": stdev(accuracies)}
+    count = min(len(drawn), len(real), compared)
+    order = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(0))[:count]
+    for row in evaluate_images(real[:count].clamp(-1, 1), drawn[order].clamp(-1, 1), resamples=100):
+        note = {"note": row["note"]} if row["note"] else {}
+        figures_ = (row["value"], row["low"], row["high"], row["n"])
+        yield _row(row["metric"], *figures_) | {"floor": row["floor"], "extractor": row["extractor"]} | note
+
+
+def _row(metric: str, value: float | None, low: float | None, high: float | None, n: int) -> dict[str, Any]:
+    return {"metric": metric, "value": value, "low": low, "high": high, "n": n}
+
+
+def _bare(images: Tensor, kind: ImageSet) -> Tensor:
+    """Without the border that was added to reach a power of two."""
+    border = kind.pad
+    return images[:, :, border : images.shape[2] - border, border : images.shape[3] - border]
+
+
+def save_grid(images: Tensor, kind: ImageSet, path: Path, count: int = 60) -> None:
+    """The first `count` images, not picked, ten to a row, as PNG."""
+    bare = _bare(images[:count], kind)
+    pixels = ((bare + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    side, rows = pixels.shape[1], math.ceil(len(pixels) / 10)
+    grid = Image.new("L" if kind.channels == 1 else "RGB", (10 * side, rows * side))
+    for index, image in enumerate(pixels):
+        grid.paste(Image.fromarray(image.squeeze()), (index % 10 * side, index // 10 * side))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    grid.save(path)

@@ -1,0 +1,490 @@
+"""Everything that a report on a generator says: measured once, as plain figures and a few pictures.
+
+Real images that the model never saw are enough for quality and utility. With the training images too, which only their
+owner has, it also looks for copies and for what the model knows of them by heart. Every look at private images is
+listed, and whether a guarantee covers it: most do not, since measuring is another use of the data.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .image_sources import UndecodableImageError, decode_image
+from .metrics.evaluation import Row, evaluate_images
+from .metrics.features import FeatureExtractor
+from .metrics.membership import MembershipResult, auroc_limit, membership_inference
+from .metrics.memorisation import (
+    EVIDENCE,
+    CopyingResult,
+    ExtractionResult,
+    Neighbours,
+    copying,
+    extraction,
+    nearest_neighbours,
+    pixel_features,
+)
+from .metrics.utility import UtilityResult, classifier_utility
+from .pipeline_spectral import DPSpectralPipeline
+from .super_resolution import upscale
+
+_SHOWN = 60  # samples on the page
+_STRIPS = 6  # images shown coarse to fine
+_PANEL = 10  # generated images shown beside their nearest real ones
+_COPIES = 0.03  # of the generated images, put in to see whether copies would be noticed
+_CHUNK = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class RealImages:
+    """Real images as the model takes them.
+
+    Attributes:
+        name: where they come from, for the report.
+        pixels: (N, C, image_size, image_size) in [-1, 1].
+        labels: (N,) integers, or None.
+        public: may figures computed from them be published? Only images that nobody protects are.
+        unreadable: images that could not be read and were left out.
+    """
+
+    name: str
+    pixels: Tensor
+    labels: Tensor | None
+    public: bool
+    unreadable: int
+
+
+def read_real_images(
+    rows: Iterable[Mapping[str, Any]],
+    processor: Any,
+    name: str,
+    *,
+    image_column: str = "image",
+    label_column: str | None = None,
+    public: bool = False,
+    limit: int = 10_000,
+) -> RealImages:
+    """The first `limit` rows of a data set, as `image_sources.load_images` gives them; broken images are left out.
+
+    Images of any sizes are brought to the model's side by `processor`, as in training.
+
+    Raises:
+        ValueError: no row has the column, a label is no integer from 0, or no image can be read.
+    """
+    parts, labels, waiting, unreadable = [], [], [], 0
+    for count, row in enumerate(rows):
+        if count == limit:
+            break
+        for column in (image_column, *([label_column] if label_column else [])):
+            if column not in row:
+                raise ValueError(f"{name} has no column {column!r}; it has {', '.join(map(str, row))}.")
+        try:
+            image = decode_image(row[image_column])
+        except UndecodableImageError:
+            unreadable += 1
+            continue
+        if label_column:
+            label = row[label_column]
+            if isinstance(label, bool) or not isinstance(label, int) or label < 0:
+                raise ValueError(f"{name}: label {label!r} in row {count} is no integer from 0; map labels to numbers.")
+            labels.append(label)
+        waiting.append(image)
+        if len(waiting) == _CHUNK:
+            parts.append(processor(waiting)["pixel_values"])
+            waiting = []
+    if waiting:
+        parts.append(processor(waiting)["pixel_values"])
+    if not parts:
+        raise ValueError(f"{name} holds no image that can be read ({unreadable} broken); check the source and column.")
+    if unreadable:
+        warnings.warn(f"{name}: {unreadable} images could not be read and were left out.", stacklevel=2)
+    return RealImages(name, torch.cat(parts), torch.tensor(labels) if label_column else None, public, unreadable)
+
+
+@dataclasses.dataclass(frozen=True)
+class Leakage:
+    """What one model shows of its training images.
+
+    Attributes:
+        copying: nearest neighbours; copies_noticed: the same after 3 % of the generated images were replaced by
+            training images, as proof that it would notice.
+        membership, extraction: attacks on the tokens.
+    """
+
+    copying: CopyingResult
+    copies_noticed: CopyingResult
+    membership: list[MembershipResult]
+    extraction: ExtractionResult
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """Generated images (k, C, H, W) that lie closest to a real one, the nearest training and held-out images.
+
+    `ratios` (k,): distance to the nearest over the mean distance to the nearest 50.
+    """
+
+    generated: Tensor
+    training: Tensor
+    heldout: Tensor
+    ratios: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Assessment:
+    """What was measured. Images lie in [-1, 1].
+
+    Attributes:
+        samples: (k, C, H, W), the first that a fixed seed gives, not picked. sample_labels: (k,), or None.
+        strips: coarse-to-fine stages of the same images: caption and (s, C, h, w), the last with all detail.
+        quality: rows of `metrics.evaluation.evaluate_images`.
+        utility: one result per kind of classifier; empty without labels. selection_epsilon: spent on choosing their
+            checkpoints on private images, or None if generated ones chose.
+        leakage: by model, "this model" first and "without privacy" where a twin was given; empty without training
+            images.
+        panel: pictures of private images, if they were asked for.
+        left_out: what could not be measured, and why.
+        accesses: every look at real images: {"what", "private", "accounted", "released"}; `released` if a figure of it
+            goes onto the card.
+        real, training: names and numbers of the real images: {"name", "images", "public", "unreadable"}.
+        generated: number of generated images that figures are from; seed: of their generator.
+    """
+
+    samples: Tensor
+    sample_labels: Tensor | None
+    strips: list[tuple[str, Tensor]]
+    quality: list[Row]
+    utility: list[UtilityResult]
+    selection_epsilon: float | None
+    leakage: dict[str, Leakage]
+    panel: Panel | None
+    left_out: dict[str, str]
+    accesses: list[dict[str, Any]]
+    real: dict[str, Any]
+    training: dict[str, Any] | None
+    generated: int
+    seed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures, as plain values, and no picture."""
+        pictures = ("samples", "sample_labels", "strips", "panel")
+        names = [field.name for field in dataclasses.fields(self) if field.name not in pictures]
+        chosen = {name: getattr(self, name) for name in names}
+        return {name: _plain(value) for name, value in chosen.items()} | {"evidence": EVIDENCE}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        properties = {name: getattr(value, name) for name in ("flagged", "caught") if hasattr(value, name)}
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)} | properties
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def assess(
+    pipeline: DPSpectralPipeline,
+    real: RealImages,
+    *,
+    training: RealImages | None = None,
+    twin: Any | None = None,
+    private_validation: RealImages | None = None,
+    selection_epsilon: float | None = None,
+    extractor: FeatureExtractor | None = None,
+    num_images: int = 2000,
+    seeds: int = 3,
+    steps: int = 400,
+    show_private: bool = False,
+    seed: int = 0,
+) -> Assessment:
+    """Draws images from a pipeline and measures them.
+
+    Args:
+        real: images of the same kind that were not trained on.
+        training: the images that were trained on; looks for copies and membership, outside of any guarantee.
+        twin: a `SpectralTokenizerForCausalLM` trained on the same images without privacy, to measure beside.
+        private_validation, selection_epsilon: see `metrics.utility.classifier_utility`, whose guarantee holds here.
+        extractor: see `evaluate_images`.
+        num_images: generated images, shared evenly among the classes.
+        seeds, steps: trainings per kind of classifier, and steps of each.
+        show_private: keep pictures of the training images nearest to generated ones, for the owner's eyes.
+        seed: of the generated images.
+
+    Raises:
+        ValueError: sizes that do not fit together, or private pictures without the training images.
+    """
+    if show_private and training is None:
+        raise ValueError("show_private=True shows training images beside generated ones; give training as well.")
+    if twin is not None and training is None:
+        raise ValueError("a twin is compared by what it knows of the training images; give training as well.")
+    config = pipeline.model.config
+    if num_images < max(config.num_classes, 50):
+        raise ValueError(f"num_images={num_images} is too small; use at least 50, and one per class.")
+    left_out: dict[str, str] = {}
+    images, labels = _drawn(pipeline, pipeline.model, num_images, seed)
+    crop = pipeline.image_processor.postprocess
+    heldout = crop(real.pixels, "pt") * 2 - 1
+    quality = evaluate_images(_chunks(heldout), _chunks(images), extractor)
+
+    utility: list[UtilityResult] = []
+    if labels is None or real.labels is None:
+        left_out["utility"] = "The model or the real images have no labels."
+    else:
+        validation = None
+        if private_validation is not None:
+            if private_validation.labels is None:
+                raise ValueError(f"{private_validation.name} has no labels; validation needs them.")
+            validation = crop(private_validation.pixels, "pt") * 2 - 1, private_validation.labels
+        utility = classifier_utility(
+            images, labels, heldout, real.labels, private_validation=validation, selection_epsilon=selection_epsilon,
+            seeds=seeds, steps=steps,
+        )  # fmt: skip
+
+    leakage: dict[str, Leakage] = {}
+    panel = None
+    if training is None:
+        left_out["memorisation"] = "The training images were not given; only their owner can look for copies."
+    elif min(len(training.pixels), len(real.pixels)) < 100:
+        left_out["memorisation"] = (
+            f"{len(training.pixels)} training and {len(real.pixels)} held-out images are too few: at least 100 of each"
+            " are needed."
+        )
+    else:
+        known = crop(training.pixels, "pt") * 2 - 1
+        models = {"this model": pipeline.model} | ({"without privacy": twin} if twin is not None else {})
+        for name, model in models.items():
+            drawn = images if model is pipeline.model else _drawn(pipeline, model, num_images, seed)[0]
+            leakage[name], neighbours = _leakage(model, drawn, known, heldout, training, real)
+            if show_private and model is pipeline.model:
+                panel = _panel(neighbours, images, known, heldout)
+
+    return Assessment(
+        samples=images[_spread(len(images), _SHOWN)],
+        sample_labels=None if labels is None else labels[_spread(len(images), _SHOWN)],
+        strips=_strips(pipeline, seed),
+        quality=quality,
+        utility=utility,
+        selection_epsilon=selection_epsilon if utility else None,
+        leakage=leakage,
+        panel=panel,
+        left_out=left_out,
+        accesses=_accesses(real, training, private_validation, selection_epsilon, utility, leakage, panel),
+        real=_described(real),
+        training=None if training is None else _described(training),
+        generated=len(images),
+        seed=seed,
+    )
+
+
+def _described(images: RealImages) -> dict[str, Any]:
+    return {
+        "name": images.name,
+        "images": len(images.pixels),
+        "public": images.public,
+        "unreadable": images.unreadable,
+    }
+
+
+def _chunks(images: Tensor) -> Iterable[Tensor]:
+    return iter(images.split(_CHUNK))
+
+
+def _spread(total: int, count: int) -> Tensor:
+    """Indices of `count` images, evenly spaced, so that every class is among them."""
+    return torch.linspace(0, total - 1, min(count, total)).round().long()
+
+
+def _drawn(pipeline: DPSpectralPipeline, model: Any, count: int, seed: int) -> tuple[Tensor, Tensor | None]:
+    """`count` images of `model` in [-1, 1] through the rest of the pipeline, class by class, and their labels."""
+    names = ("guidance_scale", "temperature", "top_k", "top_p")
+    sampling = {name: pipeline.config[name] for name in names}
+    chain = DPSpectralPipeline(model, pipeline.image_processor, pipeline.super_resolution, **sampling)
+    chain.set_progress_bar_config(disable=True)
+    classes = model.config.num_classes
+    labels = torch.arange(count) * classes // count if classes else None
+    generator = torch.Generator(model.device.type).manual_seed(seed)
+    number = 1 if classes else count
+    drawn: Any = chain(labels, number, generator=generator, output_type="pt", batch_size=_CHUNK)
+    return drawn.images.cpu() * 2 - 1, labels
+
+
+def _strips(pipeline: DPSpectralPipeline, seed: int) -> list[tuple[str, Tensor]]:
+    """A few images decoded from the tokens of ever more scales, then with the detail of the public model."""
+    model, crop = pipeline.model, pipeline.image_processor.postprocess
+    classes = model.config.num_classes
+    labels = torch.arange(min(_STRIPS, classes)) if classes else None
+    generator = torch.Generator(model.device.type).manual_seed(seed)
+    tokens = model.sample(labels, _STRIPS if labels is None else len(labels), generator=generator)
+    stages = []
+    for scale in model.config.layout.scales:
+        end = scale.first_position + scale.tokens
+        stages.append((f"{end} of {tokens.shape[1]} tokens", crop(model.decode(tokens[:, :end]), "pt").cpu() * 2 - 1))
+    images = model.decode(tokens)
+    if pipeline.super_resolution is not None and images.shape[-1] < model.config.image_size:
+        while images.shape[-1] < model.config.image_size:
+            images = upscale(pipeline.super_resolution, images)
+        stages.append(("detail by the public model", crop(images, "pt").cpu() * 2 - 1))
+    return stages
+
+
+def _rows(model: Any, images: RealImages) -> Tensor:
+    """Token rows (N, 1 + T) of real images, with the start token of the label where the model has classes."""
+    tokens = torch.cat([model.codec.encode(some.to(model.device)).cpu() for some in images.pixels.split(_CHUNK)])
+    labels = images.labels if model.config.num_classes else None
+    return torch.cat([model.start_tokens(labels, len(tokens)).cpu()[:, None], tokens], 1)
+
+
+def _leakage(
+    model: Any, drawn: Tensor, known: Tensor, heldout: Tensor, training: RealImages, real: RealImages
+) -> tuple[Leakage, Neighbours]:
+    members, others = _rows(model, training), _rows(model, real)
+    features, references = pixel_features(drawn), [pixel_features(known)]
+    neighbours = nearest_neighbours(features, references, [pixel_features(heldout)])
+    copies = _spread(len(known), round(_COPIES * len(drawn)))
+    replaced = torch.cat([references[0][copies], features[len(copies) :]])
+    with_copies = nearest_neighbours(replaced, references, [pixel_features(heldout)])
+    return Leakage(
+        copying(neighbours), copying(with_copies), membership_inference(model, members, others),
+        extraction(model, members, others),
+    ), neighbours  # fmt: skip
+
+
+def _panel(neighbours: Neighbours, images: Tensor, known: Tensor, heldout: Tensor) -> Panel:
+    """The generated images that are closest to a real one, each beside its nearest of either set."""
+    ratios = neighbours.distance / neighbours.mean_distance
+    chosen = ratios.argsort()[:_PANEL]
+    features = pixel_features(images[chosen])
+    nearest = [some[torch.cdist(features, pixel_features(some)).argmin(1)] for some in (known, heldout)]
+    return Panel(images[chosen], nearest[0], nearest[1], ratios[chosen])
+
+
+def _accesses(
+    real: RealImages,
+    training: RealImages | None,
+    private_validation: RealImages | None,
+    selection_epsilon: float | None,
+    utility: list[UtilityResult],
+    leakage: dict[str, Leakage],
+    panel: Panel | None,
+) -> list[dict[str, Any]]:
+    def access(what: str, private: bool, accounted: bool = False, released: bool = True) -> dict[str, Any]:
+        return {"what": what, "private": private, "accounted": accounted, "released": released}
+
+    found = [access(f"quality figures, from {len(real.pixels)} images of {real.name}", not real.public)]
+    if utility:
+        found.append(access(f"accuracies of classifiers on images of {real.name}", not real.public))
+    if utility and private_validation is None:
+        found.append(access("choice of classifiers, on generated images only", False))
+    elif utility and private_validation is not None:
+        images = f"{len(private_validation.pixels)} images of {private_validation.name}"
+        what = f"choice of classifiers on {images}, by the exponential mechanism at epsilon {selection_epsilon:g}"
+        found.append(access(f"{what}, on top of the claim", True, accounted=True))
+    if leakage and training is not None:
+        what = f"search for copies and attacks, on {len(training.pixels)} training images of {training.name}"
+        found.append(access(what, True))
+    if panel is not None:
+        found.append(access("pictures of training and held-out images, on this page only", True, released=False))
+    return found
+
+
+# -- for the card ----------------------------------------------------------------------------------------------------
+
+
+def for_the_card(assessment: Assessment, report: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a privacy report with the figures of an assessment in `utility`, `audit` and `data_accesses`.
+
+    Figures on private images are marked as such, and as not accounted; who publishes the card publishes them. Rows of
+    the same name, as an earlier assessment left them, are replaced.
+    """
+    private = not assessment.real["public"]
+    rows = []
+    for row in assessment.quality:
+        if row["value"] is not None:
+            note = f"{row['better']} is better; {row['note']}".rstrip("; ")
+            if row["floor"] is not None:
+                note = f"real images score {row['floor']:.4g}; {note}"
+            figures = {key: _short(row[key]) for key in ("value", "low", "high")}
+            metric = f"{row['metric']} ({row['extractor']})"
+            rows.append({"metric": metric, **figures, "n": row["n"], "note": note, "private": private})
+    for result in assessment.utility:
+        metric = f"accuracy on real images of a classifier trained on generated ones ({result.architecture})"
+        figures = {"value": result.accuracy, "low": result.low, "high": result.high}
+        note = f"mean of {len(result.accuracies)}, standard deviation {result.spread:.4f}"
+        chosen_privately = assessment.selection_epsilon is not None
+        rows.append({"metric": metric, **figures, "n": result.n, "note": note, "private": private or chosen_privately})
+    utility = [row | {"dataset": assessment.real["name"], "accounted": not row["private"]} for row in rows]
+    # The claim is that of the training: what else was spent stands beside it, in words.
+    looks = [
+        {"what": access["what"], "accounted": False, "released": True}
+        for access in assessment.accesses
+        if access["private"] and access["released"]
+    ]
+    audit = _audit_rows(assessment, report["claim"])
+    return {
+        **report,
+        "utility": _joined(report["utility"], utility, ("dataset", "metric")),
+        "audit": _joined(report["audit"], audit, ("attack",)),
+        "data_accesses": _joined(report["data_accesses"], looks, ("what",)),
+    }
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def _joined(old: list[dict[str, Any]], new: list[dict[str, Any]], names: tuple[str, ...]) -> list[dict[str, Any]]:
+    keys = [tuple(row[name] for name in names) for row in new]
+    return [row for row in old if tuple(row[name] for name in names) not in keys] + new
+
+
+def _audit_rows(assessment: Assessment, claim: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The search for copies, with copies put in as its control; attacks on tokens only where a twin is theirs."""
+    rows = []
+    for name, leak in assessment.leakage.items():
+        if name != "this model":
+            continue
+        found, control = leak.copying, leak.copies_noticed
+        rows.append(
+            {
+                "attack": "nearest neighbours of generated images among training and held-out images",
+                "quantity": f"share nearest to a training image (by chance {found.expected})",
+                "shown": found.share,
+                "claimed": None,
+                "confidence": None,
+                "n": found.generated,
+                "control": "3 % of the generated images replaced by training images",
+                "control_shown": control.share,
+                "control_caught": control.flagged,
+                "verdict": "evidence only",
+                "note": ("signs of copying" if found.flagged else "no sign of copying") + f". {EVIDENCE}",
+            }
+        )
+        twin = assessment.leakage.get("without privacy")
+        if twin is None:
+            continue
+        limit = _short(auroc_limit(claim["epsilon"], claim["delta"]))
+        pairs = list(zip(leak.membership, twin.membership, strict=True))
+        pairs.append((leak.extraction.attack, twin.extraction.attack))
+        for result, control_result in pairs:
+            rows.append(
+                {
+                    "attack": f"membership inference on tokens: {result.attack}",
+                    "quantity": "AUROC",
+                    "shown": result.auroc,
+                    "claimed": limit,
+                    "confidence": None,
+                    "n": result.members + result.others,
+                    "control": "the same model trained without privacy",
+                    "control_shown": control_result.auroc,
+                    "control_caught": control_result.caught,
+                    "verdict": "evidence only",
+                    "note": EVIDENCE,
+                }
+            )
+    return rows
+
+
+__all__ = ["Assessment", "Leakage", "Panel", "RealImages", "assess", "for_the_card", "read_real_images"]

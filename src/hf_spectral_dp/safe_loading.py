@@ -1,0 +1,81 @@
+"""Loading that cannot run anything: weights come from safetensors, file names stay in their folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+REPORT_NAME = "privacy.json"
+
+
+class HubModel:
+    """For models: how they come from the Hub and go there. To be named before the class of transformers."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, use_safetensors: bool | None = True, **kwargs: Any) -> Any:
+        """As in transformers, but weights are read from .safetensors only: there is no way back to a pickle.
+
+        Raises:
+            ValueError: `use_safetensors=False`.
+            OSError: there are no .safetensors weights.
+        """
+        if use_safetensors is False:
+            raise ValueError(
+                "use_safetensors=False would read a pickle, which can run code; convert the weights to safetensors."
+            )
+        return super().from_pretrained(*args, use_safetensors=True, **kwargs)  # type: ignore[misc]
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, for models that saw no private data: the README is a stock one, and there is no card.
+
+        Raises:
+            ValueError: the model was loaded from a folder with a privacy card, which would stay behind.
+        """
+        folder = Path(self.name_or_path)  # type: ignore[attr-defined]
+        for place in (folder, folder.parent):
+            if folder.is_dir() and (place / REPORT_NAME).is_file():
+                raise ValueError(
+                    f"{str(place)!r} holds a privacy card, which would stay behind; upload both by"
+                    " publication.publish(folder, repo_id), or by push_to_hub of the pipeline."
+                )
+        return super().push_to_hub(*args, **kwargs)  # type: ignore[misc]
+
+
+def check_index(path: str | Path, class_name: str) -> None:
+    """Raises unless a file is the `model_index.json` of a pipeline class.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged, or names another class, such as one in a source file beside it.
+    """
+    try:
+        fields = json.loads(Path(path).read_bytes())
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{path} does not exist, so this is no pipeline; name a folder or Hub id that save_pretrained or"
+            " push_to_hub wrote, or load a model alone by AutoModelForCausalLM.from_pretrained."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no readable JSON ({error}); save or download the pipeline again.") from error
+    found = fields.get("_class_name") if isinstance(fields, dict) else fields
+    if found != class_name:
+        raise ValueError(
+            f"{path} names the class {str(found)[:100]!r}, not {class_name}; load it with the class that saved it. Code"
+            " beside a model is never run."
+        )
+
+
+def check_shards(folder: str | Path) -> None:
+    """Raises ValueError if the index of a sharded checkpoint below a folder is unreadable or names a file elsewhere."""
+    for index in sorted(Path(folder).rglob("*.safetensors.index.json")):
+        try:
+            names = set(json.loads(index.read_bytes())["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{index} is no index of weights ({error}); download or save them again.") from error
+        for name in names:
+            if not isinstance(name, str) or not name or Path(name).name != name or "\\" in name:
+                raise ValueError(
+                    f"{index} names the file {name!r}, which may lie outside of its folder; do not load this."
+                )
+
+
+__all__ = ["HubModel", "check_index", "check_shards"]

@@ -1,0 +1,160 @@
+"""An assessment measures what it says, lists every look at private images, and its figures fit onto the card."""
+
+import json
+from functools import cache
+
+import pytest
+import torch
+from card_reports import report
+from PIL import Image
+
+from hf_spectral_dp import (
+    DPSpectralPipeline,
+    PrivacyCard,
+    SpectralConfig,
+    SpectralImageProcessor,
+    SpectralTokenizerForCausalLM,
+)
+from hf_spectral_dp.assessment import Assessment, RealImages, assess, for_the_card, read_real_images
+from hf_spectral_dp.super_resolution import SpectralSuperResolution, SpectralSuperResolutionConfig
+
+
+def tiny_pipeline() -> DPSpectralPipeline:
+    """A pipeline that was never trained, for 12 x 12 pictures in 16 x 16, coarse ones half as large."""
+    config = SpectralConfig(
+        image_size=16, num_channels=1, levels=2, patch_sizes=[2, 2], codebook_sizes=[16, 16], num_classes=10,
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = SpectralTokenizerForCausalLM(config)
+        for index in range(2):
+            model.codec.codebook(index).normal_(std=2.0)
+    network = SpectralSuperResolution(SpectralSuperResolutionConfig(num_channels=1, features=4, num_blocks=1))
+    processor = SpectralImageProcessor(image_size=16, num_channels=1, pad=2)
+    pipeline = DPSpectralPipeline(model, processor, network)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def real_images(count: int, seed: int, name: str = "noise", public: bool = False) -> RealImages:
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.rand(count, 1, 16, 16, generator=generator) * 2 - 1
+    return RealImages(name, pixels, torch.arange(count) % 10, public, 0)
+
+
+@cache
+def owners_assessment() -> Assessment:
+    """With everything that an owner can give; the model is its own twin."""
+    pipeline = tiny_pipeline()
+    return assess(
+        pipeline, real_images(110, 0, "held out"), training=real_images(120, 1, "training"), twin=pipeline.model,
+        num_images=100, seeds=1, steps=2, show_private=True,
+    )  # fmt: skip
+
+
+@cache
+def strangers_assessment() -> Assessment:
+    """Public real images only."""
+    return assess(tiny_pipeline(), real_images(100, 0, "public", public=True), num_images=60, seeds=1, steps=2)
+
+
+@pytest.fixture(scope="module")
+def owners() -> Assessment:
+    return owners_assessment()
+
+
+@pytest.fixture(scope="module")
+def strangers() -> Assessment:
+    return strangers_assessment()
+
+
+def test_everything_is_measured_and_noise_shows_no_copying(owners):
+    assert owners.generated == 100 and owners.samples.shape == (60, 1, 12, 12)
+    assert len(owners.utility) == 3 and {row["metric"] for row in owners.quality} >= {"kernel_distance", "coverage"}
+    assert list(owners.leakage) == ["this model", "without privacy"] and not owners.left_out
+    own, twin = owners.leakage.values()
+    assert own.membership == twin.membership and own.copying == twin.copying  # the same model, the same seed
+    assert not own.copying.flagged and own.copying.training == 120 and own.copying.heldout == 110
+    assert all(0.35 < result.auroc < 0.65 for result in own.membership)
+
+
+def test_the_strip_grows_to_the_image_itself(owners):
+    captions = [caption for caption, _ in owners.strips]
+    assert captions == ["4 of 8 tokens", "8 of 8 tokens", "detail by the public model"]
+    assert [images.shape[-1] for _, images in owners.strips] == [6, 6, 12]
+    assert len({len(images) for _, images in owners.strips}) == 1
+
+
+def test_looks_at_private_images_are_listed_and_public_ones_are_none(owners, strangers):
+    private = [access["what"] for access in owners.accesses if access["private"]]
+    assert len(private) == 4 and all(not access["accounted"] for access in owners.accesses if access["private"])
+    assert any("training images" in what for what in private) and any("pictures" in what for what in private)
+    assert not any(access["private"] for access in strangers.accesses)
+    assert strangers.panel is None and not strangers.leakage and "owner" in strangers.left_out["memorisation"]
+
+
+def test_figures_are_plain_and_hold_no_picture(owners):
+    text = json.dumps(owners.to_dict(), allow_nan=False)
+    figures = json.loads(text)
+    assert set(figures) >= {"quality", "utility", "leakage", "accesses", "evidence"} and len(text) < 50_000
+    assert figures["leakage"]["this model"]["copying"]["flagged"] is False
+    assert not {"samples", "strips", "panel"} & set(figures)
+
+
+def test_the_card_takes_the_figures_with_their_marks(owners, strangers):
+    before = report()
+    card = PrivacyCard(for_the_card(owners, before)).report
+    new = [row for row in card["utility"] if row["dataset"] == "held out"]
+    assert len(new) >= 3 + 8 and all(row["private"] and not row["accounted"] for row in new)
+    assert {row["dataset"] for row in card["utility"]} == {"held out", before["utility"][0]["dataset"]}
+    attacks = [row for row in card["audit"] if row["verdict"] == "evidence only"]
+    assert len(attacks) == 1 + 5 and all("not a guarantee" in row["note"] for row in attacks)
+    looks = [access["what"] for access in card["data_accesses"] if not access["accounted"]]
+    assert sum("held out" in what for what in looks) == 2 and not any("pictures" in what for what in looks)
+    assert PrivacyCard(for_the_card(owners, card)).report == card  # once more changes nothing
+    public = PrivacyCard(for_the_card(strangers, before)).report
+    assert all(not row["private"] and row["accounted"] for row in public["utility"] if row["dataset"] == "public")
+    assert public["data_accesses"] == before["data_accesses"] and public["audit"] == before["audit"]
+
+
+def test_a_choice_on_private_images_is_accounted_but_not_by_the_claim():
+    assessment = assess(
+        tiny_pipeline(), real_images(60, 0, "public", public=True), private_validation=real_images(50, 2, "validation"),
+        selection_epsilon=1.0, num_images=60, seeds=1, steps=4,
+    )  # fmt: skip
+    (look,) = [access for access in assessment.accesses if access["private"]]
+    assert look["accounted"] and "epsilon 1, on top of the claim" in look["what"]
+    card = PrivacyCard(for_the_card(assessment, report())).report
+    assert {"what": look["what"], "accounted": False, "released": True} in card["data_accesses"]
+    accuracies = [row for row in card["utility"] if "classifier" in row["metric"] and row["dataset"] == "public"]
+    assert accuracies and all(row["private"] for row in accuracies)
+
+
+def test_images_of_all_sizes_are_read_and_broken_ones_left_out():
+    processor = SpectralImageProcessor(image_size=16, num_channels=1)
+    rows = [{"image": Image.new("L", (8 + n, 30), n), "label": n} for n in range(5)]
+    rows.append({"image": b"no image", "label": 1})
+    with pytest.warns(UserWarning, match="1 images could not be read"):
+        found = read_real_images(rows, processor, "mixed", label_column="label")
+    assert found.pixels.shape == (5, 1, 16, 16) and found.labels.tolist() == [0, 1, 2, 3, 4] and found.unreadable == 1
+    assert len(read_real_images(rows[:5], processor, "mixed", limit=3).pixels) == 3
+    with pytest.raises(ValueError, match="no column 'picture'; it has image, label"):
+        read_real_images(rows, processor, "mixed", image_column="picture")
+    with pytest.raises(ValueError, match="no image that can be read"):
+        read_real_images(rows[5:], processor, "broken")
+    with pytest.raises(ValueError, match="label 'cat' in row 0"):
+        read_real_images([{"image": rows[0]["image"], "label": "cat"}], processor, "named", label_column="label")
+
+
+def test_what_cannot_be_measured_is_said():
+    pipeline = tiny_pipeline()
+    with pytest.raises(ValueError, match="give training"):
+        assess(pipeline, real_images(100, 0), show_private=True)
+    with pytest.raises(ValueError, match="give training"):
+        assess(pipeline, real_images(100, 0), twin=pipeline.model)
+    with pytest.raises(ValueError, match="num_images=49"):
+        assess(pipeline, real_images(100, 0), num_images=49)
+    unlabelled = RealImages("noise", real_images(99, 0).pixels, None, False, 0)
+    found = assess(pipeline, unlabelled, training=real_images(120, 1), num_images=50, steps=1, seeds=1)
+    assert "labels" in found.left_out["utility"] and "99 held-out" in found.left_out["memorisation"]

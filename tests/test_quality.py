@@ -1,0 +1,108 @@
+"""The quality benchmark: private images stay out of everything public, and its rivals train by the real mechanism."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from benchmarks.quality_data import IMAGE_SETS, check_public
+from benchmarks.quality_methods import DiffusionGenerator, TokenGenerator, train_privately, train_publicly
+from hf_spectral_dp import SpectralConfig
+from hf_spectral_dp.super_resolution import upscale
+
+ROOT = Path(__file__).parents[1]
+PUBLIC_FIELDS = ("prior", "prior_source", "super_resolution", "super_resolution_source")
+
+
+def public_claims() -> dict[str, str]:
+    """Everything in the repository that says from which public images something was made, by where it says so."""
+    claims = {f"IMAGE_SETS[{name!r}]": images.public for name, images in IMAGE_SETS.items()}
+    for path in (ROOT / "examples" / "configs").glob("*.yaml"):
+        model = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
+        claims |= {f"{path.name}: {field}": str(model[field]) for field in PUBLIC_FIELDS if field in model}
+    for path in (ROOT / "src" / "hf_spectral_dp" / "checkpoints").glob("*/README.md"):
+        claims[f"{path.parent.name}/README.md"] = path.read_text(encoding="utf-8")
+    return claims
+
+
+def test_no_config_calls_a_private_set_public():
+    # A prior may be *named* after the private images it is meant for: runs/prior-faces.
+    claims = {where: claim for where, claim in public_claims().items() if not claim.startswith("runs/")}
+    assert len(claims) >= 12
+    for where, claim in claims.items():
+        try:
+            check_public(claim)
+        except ValueError as error:
+            raise AssertionError(where) from error
+
+
+@pytest.mark.parametrize("source", ["../shared/data/mnist", "uoft-cs/CIFAR10", "photos, and faces of the same people"])
+def test_a_private_set_is_noticed(source):
+    with pytest.raises(ValueError, match="plays a private set"):
+        check_public(source)
+
+
+def digits(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(count, 1, 16, 16, generator=generator) * 2 - 1, torch.arange(count) % 2
+
+
+def generators(images: torch.Tensor):
+    torch.manual_seed(0)
+    size = dict(num_channels=1, num_classes=2, hidden_size=16, intermediate_size=32, num_hidden_layers=1)
+    ours = SpectralConfig(image_size=16, levels=2, patch_sizes=[2, 2], codebook_sizes=[8, 8], **size)
+    raster = SpectralConfig(image_size=32, levels=1, patch_sizes=[4], codebook_sizes=[8], **size)
+    pixels = SpectralConfig(image_size=16, levels=2, patch_sizes=[1], codebook_sizes=[8], **size)
+
+    def enlarged(coarse: torch.Tensor) -> torch.Tensor:
+        return coarse if coarse.shape[-1] == 16 else upscale("bicubic", coarse, 16 // coarse.shape[-1])
+
+    return {
+        "ours": TokenGenerator.from_public_images(ours, images, enlarged),
+        "raster": TokenGenerator.from_public_images(raster, images, enlarged, enlarge=2),
+        "pixels": TokenGenerator.from_public_images(pixels, images, enlarged),
+        "diffusion": DiffusionGenerator(1, 16, 8, 2, enlarged, 2, (8, 16)),
+    }
+
+
+def test_raster_tokens_are_patches_of_pixels():
+    """Showing every pixel as a 2 x 2 block makes the approximation band the image: one token per 4 x 4 pixels."""
+    images, labels = digits(40)
+    raster = generators(images)["raster"]
+    for index in range(8):  # code words that are patches of the first image
+        row, column = divmod(index, 4)
+        patch = images[0, 0, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
+        raster.model.codec.codebook(0)[index] = 2 * patch.flatten()
+    rows = raster.rows(images[:1], labels[:1])
+    assert rows[0, 1:9].tolist() == list(range(8))
+    torch.testing.assert_close(raster.decoded(rows)[0, 0, :8], images[0, 0, :8])
+
+
+def test_every_method_trains_with_and_without_privacy():
+    images, labels = digits(64)
+    for name, generator in generators(images).items():
+        rows = generator.rows(images, labels)
+        assert train_publicly(generator, rows, 2, batch_size=8, hide=0.5).flops > 0
+        before = {key: value.clone() for key, value in generator.model.state_dict().items()}
+        cost = train_privately(
+            generator, rows, 2.0, 1e-3, max_steps=2, expected_batch_size=16, micro_batch_size=16, learning_rate=0.1
+        )
+        assert cost.epsilon is not None and 0 < cost.epsilon <= 2, name
+        changed = {key for key, value in generator.model.state_dict().items() if not torch.equal(value, before[key])}
+        if name == "diffusion":  # only what DP latent diffusion trains
+            assert changed and all("attentions" in key or "class_embedding" in key for key in changed)
+        else:
+            assert "lm_head.weight" in changed
+        drawn = generator.sample(torch.tensor([0, 1, 1]), torch.Generator().manual_seed(0))
+        assert drawn.shape == (3, 1, 16, 16) and bool((drawn.abs() <= 1).all()), name
+
+
+def test_the_denoiser_reads_labels_and_hides_them():
+    images, _ = digits(50)
+    generator = generators(images)["diffusion"]
+    rows = generator.rows(images, torch.full((50,), 1))
+    assert set(generator.hide_labels(rows, 1.0)[:, 0].tolist()) == {-1.0}
+    assert torch.equal(generator.hide_labels(rows, 0.0), rows)
+    assert math.isclose(float(rows[0, 1]), float(images[0, 0, :2, :2].mean()), abs_tol=1e-6)
