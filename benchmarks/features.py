@@ -266,7 +266,8 @@ def main() -> None:
         for method, some in found.items():
             rows += rows_of(method, name, some, len(images) // 2)
         rows += agreement_rows(name, {method: some[:1] for method, some in found.items()})
-    command = "python -m benchmarks.features" + " --quick" * arguments.quick + " --reference" * arguments.reference
+    command = f"python -m benchmarks.features --images {' '.join(names)} --count {count} --draws {draws}"
+    command += " --quick" * arguments.quick + " --reference" * arguments.reference
     write_report(command, rows, arguments.out)
 
 

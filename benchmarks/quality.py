@@ -242,11 +242,11 @@ def measured(folder: Path, name: str, title: str, data: Path, grids: Path | None
     mechanism, training = report["mechanism"], report["training"]
     shared = {
         "dataset": name,
-        "epsilon": report["guarantee"]["epsilon"],
+        "epsilon": report["claim"]["epsilon"],
         "method": "ours",
         "steps": mechanism["charged_steps"],
-        "batch": mechanism["expected_batch_size"],
-        "private": mechanism["num_examples"],
+        "batch": report["sampling"]["expected_batch_size"],
+        "private": report["adjacency"]["num_units"],
         "trainable_parameters": training["trainable_parameters"],
     }
     rate = len(labels) / seconds

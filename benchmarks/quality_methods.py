@@ -93,8 +93,9 @@ class Denoiser(nn.Module):
         )  # fmt: skip
         self.scheduler = DDIMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", clip_sample=True)
 
-    def per_example_loss(self, rows: Tensor) -> Tensor:
-        """Mean squared error of the predicted noise at one random time per row: (B,)."""
+    def per_example_loss(self, input_ids: Tensor) -> Tensor:
+        """Mean squared error of the predicted noise at one random time per row, (B,); trainers call rows `input_ids`."""
+        rows = input_ids
         labels = rows[:, 0].long() % (self.classes + 1)
         pixels = rows[:, 1:].view(-1, self.channels, self.side, self.side)
         times, noise = torch.randint(1000, (len(rows),)), torch.randn_like(pixels)

@@ -18,8 +18,11 @@ RESULTS = HERE / "results"
 # Of long tables: the columns that name a line, the one whose values become columns, and what stands in the cells.
 PIVOTS = {
     "engine": (("d", "T", "tied", "adapter"), "method", ("time_ratio", "memory_ratio")),
-    "quality_mnist": (("dataset", "epsilon", "method", "size"), "metric", ("value", "low", "high")),
     "engine_quick": (("d", "T", "tied", "adapter"), "method", ("time_ratio", "memory_ratio")),
+    **{
+        f"quality_mnist_{part}": (("epsilon", "method"), "metric", ("value",))
+        for part in ("ours", "raster", "pixels", "diffusion", "epsilon_one", "epsilon_ten")
+    },
 }
 
 
