@@ -307,7 +307,7 @@ def _drawn(pipeline: DPSpectralPipeline, model: Any, count: int, seed: int) -> t
     labels = torch.arange(count) * classes // count if classes else None
     generator = torch.Generator(model.device.type).manual_seed(seed)
     number = 1 if classes else count
-    drawn: Any = chain(labels, number, generator=generator, output_type="pt", batch_size=_CHUNK)
+    drawn: Any = chain(class_labels=labels, num_images=number, generator=generator, output_type="pt", batch_size=_CHUNK)
     return drawn.images.cpu() * 2 - 1, labels
 
 
