@@ -1,4 +1,7 @@
-"""The README's Python runs as it stands, from top to bottom, in a fresh process; small files lie where it looks."""
+"""The README's Python runs as it stands, from top to bottom, in a fresh process; small files lie where it looks.
+
+What is marked `py` instead of `python` needs a download or a compiler, and is not run.
+"""
 
 import json
 import re
