@@ -66,7 +66,9 @@ def main() -> None:
 
     def drawn(seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
-        images = chain(classes, GENERATED // 10, generator=generator, output_type="pt", batch_size=500).images
+        images = chain(
+            class_labels=classes, num_images=GENERATED // 10, generator=generator, output_type="pt", batch_size=500
+        ).images  # fmt: skip
         return pixel_features(torch.as_tensor(images) * 2 - 1)
 
     def fresh(seed: int) -> Tensor:

@@ -94,7 +94,10 @@ class Denoiser(nn.Module):
         self.scheduler = DDIMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", clip_sample=True)
 
     def per_example_loss(self, input_ids: Tensor) -> Tensor:
-        """Mean squared error of the predicted noise at one random time per row: (B,)."""
+        """Mean squared error of the predicted noise at one random time per row, (B,).
+
+        The rows are no token ids; trainers call them so.
+        """
         rows = input_ids
         labels = rows[:, 0].long() % (self.classes + 1)
         pixels = rows[:, 1:].view(-1, self.channels, self.side, self.side)

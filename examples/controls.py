@@ -109,8 +109,10 @@ def compare(
     rows = []
     for title, source in (publishable | private).items():
         images, labels = source()
+        steps = section.get("classifier_steps", 400)
         accuracies = [
-            classifier_accuracy(images, labels, test_images, test_labels, seed=seed) for seed in range(CLASSIFIERS)
+            classifier_accuracy(images, labels, test_images, test_labels, steps, seed=seed)
+            for seed in range(CLASSIFIERS)
         ]
         accuracy, spread = fmean(accuracies), f"{min(accuracies):.1%} to {max(accuracies):.1%}"
         mark = "" if title in publishable else "   (computed from private images: do not publish)"

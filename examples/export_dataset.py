@@ -13,7 +13,6 @@ it stopped when the same command is given again, and ends with the same files. A
 import argparse
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
 
 from hf_spectral_dp.dataset_export import export_dataset, publish_dataset
@@ -44,7 +43,6 @@ def main() -> None:
     arguments = parser.parse_args()
 
     sampling = {} if arguments.guidance_scale is None else {"guidance_scale": arguments.guidance_scale}
-    device = arguments.device or (None if torch.cuda.is_available() else "cpu")
     folder = export_dataset(
         arguments.pipeline,
         arguments.out,
@@ -55,7 +53,7 @@ def main() -> None:
         shard_size=arguments.shard_size,
         batch_size=arguments.batch_size,
         upscaling=arguments.upscaling,
-        device=device,
+        device=arguments.device,
         **sampling,
     )
     if PartialState().is_main_process:

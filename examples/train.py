@@ -40,10 +40,10 @@ FIELDS = {
     "training": set(DPTrainingArguments.__dataclass_fields__) - {"output_dir"},
     "sampling": {"guidance_scale", "temperature", "top_k", "top_p"},
     "card": {"license", "hyperparameter_tuning", "tuning_data", "outside_guarantee", "prompts", "contact"},
-    "evaluation": COLUMNS | {"images_per_class", "twin_epochs"},
+    "evaluation": COLUMNS | {"images_per_class", "twin_epochs", "classifier_steps"},
 }
 REQUIRED = {
-    "data": {"source", "split"},
+    "data": {"source", "split", "description"},
     "model": {"prior", "prior_source", "super_resolution", "super_resolution_source"},
     "training": {"target_epsilon"},
     "card": {"hyperparameter_tuning", "tuning_data"},
@@ -61,6 +61,10 @@ def read_config(path: str) -> dict[str, Any]:
             raise ValueError(f"{path}: {section} has unknown fields {sorted(unknown)}; it knows {sorted(fields)}.")
         if missing := REQUIRED.get(section, set()) - given:
             raise ValueError(f"{path}: {section} lacks {sorted(missing)}; examples/configs/demo.yaml explains them.")
+    texts = ("data.description", "model.prior_source", "model.super_resolution_source", "card.hyperparameter_tuning")
+    if empty := [name for name in texts if not str(config[name.split(".")[0]][name.split(".")[1]] or "").strip()]:
+        raise ValueError(f"{path}: {', '.join(empty)} must say something: the card will hold it, and a card without it"
+                         " is refused.")  # fmt: skip
     needed = ("data.caption_column", "model.text_encoder", "model.text_encoder_source", "card.prompts")
     missing = [name for name in needed if not config[name.split(".")[0]].get(name.split(".")[1])]
     if missing and missing != list(needed):
@@ -166,7 +170,7 @@ def main() -> None:
     encoder = [{"role": "text encoder", "source": models["text_encoder_source"]}] if prompts else []
     report = {
         **run,
-        "data": {"name": data["source"], "split": data["split"], "description": data.get("description", "")},
+        "data": {"name": data["source"], "split": data["split"], "description": data["description"]},
         "data_accesses": [
             *run["data_accesses"],
             *({"what": look, "accounted": False, "released": True} for look in looks),

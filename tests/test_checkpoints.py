@@ -12,7 +12,7 @@ from hf_spectral_dp.super_resolution import upscale
 
 FOLDER = Path(hf_spectral_dp.__file__).parent / "checkpoints"
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path.append(str(ROOT / "examples"))  # last: a script there is called evaluate, like a library
 
 from public_glyphs import render_digits  # noqa: E402
 

@@ -121,7 +121,7 @@ def test_audit_refutes_nothing_here_and_catches_every_control(tmp_path, capsys):
     assert main(["audit", "--quick", "--out", str(tmp_path / "audit.json")]) == 0
     report = json.loads((tmp_path / "audit.json").read_text())
     release, run, *membership = report["rows"]
-    assert 0.9 * release["claimed"] < release["shown"] <= release["claimed"] and release["control_caught"]
+    assert 0.8 * release["claimed"] < release["shown"] <= release["claimed"] and release["control_caught"]
     assert run["shown"] <= run["claimed"] <= 2 and run["control_shown"] >= 3
     assert len(membership) == 4 and all(row["control_shown"] > 0.5 for row in membership)
     printed = capsys.readouterr().out

@@ -19,7 +19,7 @@ from hf_spectral_dp.privacy.ledger import read_ledger
 from hf_spectral_dp.super_resolution import SpectralSuperResolution, SpectralSuperResolutionConfig
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))
+sys.path.append(str(EXAMPLES))  # last: a script there is called evaluate, like a library
 
 import train  # noqa: E402
 
@@ -56,7 +56,7 @@ def job(tmp_path) -> dict:
             "save_strategy": "steps", "save_steps": 2, "disable_tqdm": True,
         },
         "card": {"license": "mit", "hyperparameter_tuning": "by convention", "tuning_data": "none"},
-        "evaluation": {**columns, "split": "test", "images_per_class": 2, "twin_epochs": 1},
+        "evaluation": {**columns, "split": "test", "images_per_class": 2, "twin_epochs": 1, "classifier_steps": 5},
     }  # fmt: skip
 
 
@@ -100,6 +100,7 @@ def test_images_in_pipeline_and_card_out(job, tmp_path):
         ("training", "expected_batch_size", 61, "expected_batch_size=61 is larger than the data"),
         ("training", "epsilon", 1.0, r"unknown fields \['epsilon'\]"),
         ("sampling", "temprature", 1.0, r"unknown fields \['temprature'\]"),
+        ("data", "description", " ", "data.description must say something"),
         ("model", "prior_source", None, r"model lacks \['prior_source'\]"),
     ],
 )

@@ -81,8 +81,8 @@ def test_what_a_forward_pass_learns_beside_the_gradients_is_refused(tmp_path, ki
     model.frozen = torch.nn.Parameter(torch.zeros(3), requires_grad=False)
     loss = model.per_example_loss
 
-    def learning(rows):
-        first = rows[:, :3].float()
+    def learning(input_ids):
+        first = input_ids[:, :3].float()
         with torch.no_grad():
             match kind:
                 case "buffer":
@@ -93,7 +93,7 @@ def test_what_a_forward_pass_learns_beside_the_gradients_is_refused(tmp_path, ki
                     model.frozen.add_(first.mean(0))
                 case "batch norm":
                     model.beside(torch.cat([first, first]))
-        return loss(rows)
+        return loss(input_ids)
 
     model.per_example_loss = learning
     trainer = DPTrainer(model, arguments(tmp_path, **{**SAVING, "save_steps": 1}), Rows())

@@ -10,6 +10,7 @@ from conftest import tiny_model
 from datasets import ClassLabel, Dataset, Features, Image
 from hub_server import HubServer, fresh
 from PIL import Image as Picture
+from text_parts import text_encoder, text_model
 
 from hf_spectral_dp import DPSpectralPipeline, PrivacyCard, SpectralImageProcessor
 from hf_spectral_dp.super_resolution import SpectralSuperResolution, SpectralSuperResolutionConfig
@@ -25,6 +26,8 @@ def test_a_users_lines_run(tmp_path):
     network = SpectralSuperResolution(SpectralSuperResolutionConfig(num_channels=1, features=4, num_blocks=1))
     DPSpectralPipeline(tiny_model(), processor, network).save_pretrained(tmp_path / "runs" / "demo" / "pipeline")
     PrivacyCard(report()).save(tmp_path / "runs" / "demo" / "pipeline")
+    with_text = DPSpectralPipeline(text_model(1), processor, network, *text_encoder(tmp_path / "encoder"))
+    with_text.save_pretrained(tmp_path / "runs" / "faces_text" / "pipeline")
     tiny_model().save_pretrained(tmp_path / "runs" / "prior")
     processor.save_pretrained(tmp_path / "runs" / "prior")
     generator = np.random.default_rng(0)

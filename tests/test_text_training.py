@@ -17,7 +17,7 @@ from hf_spectral_dp.text_encoder import encode_text
 from hf_spectral_dp.token_store import build_token_store
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))
+sys.path.append(str(EXAMPLES))  # last: a script there is called evaluate, like a library
 
 import train  # noqa: E402
 

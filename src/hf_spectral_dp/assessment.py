@@ -247,6 +247,8 @@ def assess(
     panel = None
     if training is None:
         left_out["memorisation"] = "The training images were not given; only their owner can look for copies."
+    elif config.conditioning == "text":
+        left_out["memorisation"] = "Attacks on models that read captions are not in this report yet."
     elif min(len(training.pixels), len(real.pixels)) < 100:
         left_out["memorisation"] = (
             f"{len(training.pixels)} training and {len(real.pixels)} held-out images are too few: at least 100 of each"
@@ -306,8 +308,10 @@ def _drawn(pipeline: DPSpectralPipeline, model: Any, count: int, seed: int) -> t
     classes = model.config.num_classes
     labels = torch.arange(count) * classes // count if classes else None
     generator = torch.Generator(model.device.type).manual_seed(seed)
-    number = 1 if classes else count
-    drawn: Any = chain(labels, number, generator=generator, output_type="pt", batch_size=_CHUNK)
+    drawn: Any = chain(
+        class_labels=labels, num_images=1 if classes else count, generator=generator, output_type="pt",
+        batch_size=_CHUNK,
+    )  # fmt: skip
     return drawn.images.cpu() * 2 - 1, labels
 
 

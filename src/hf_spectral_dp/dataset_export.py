@@ -73,7 +73,14 @@ def export_dataset(
         ValueError: a setting out of range, a card that is contradicted, or a folder that another export was begun in.
             Nothing was drawn.
     """
-    state, folder = PartialState(), Path(folder)
+    # Without being told, accelerate joins no processes on CPUs: each would take itself for the only one.
+    on_cpu = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type == "cpu"
+    state, folder = PartialState(cpu=on_cpu), Path(folder)
+    if state.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
+        raise ValueError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']} processes were started, but accelerate was set up before as"
+            f" {state.num_processes}; do not make a PartialState or Accelerator before the export."
+        )
     if not Path(source).is_dir():
         source = DPSpectralPipeline.download(str(source))
     conditions = _conditions(Path(source), class_labels, prompts)

@@ -78,7 +78,8 @@ def render_report(assessment: Assessment, card: Mapping[str, Any]) -> str:
     measured = []
     for name, leak in leakage.items():
         best = max(leak.membership, key=lambda result: result.tpr)
-        measured.append((f"attack on {name}", best.tpr, best.tpr_low, best.tpr_high))
+        whom = "this model" if name == "this model" else "its twin without privacy"
+        measured.append((f"best attack on {whom}", best.tpr, best.tpr_low, best.tpr_high))
     shares = [
         (label, found.share, found.low, found.high, found.expected)
         for name, leak in leakage.items()
@@ -216,7 +217,8 @@ def _percent(value: float) -> str:
 
 
 def _chance(p: float) -> str:
-    return "< 0.0001" if p < 1e-4 else f"{p:.2g}" if p < 0.1 else f"{p:.2f}"
+    """How often chance brings as much: a p-value."""
+    return "p < 0.0001" if p < 1e-4 else f"p = {p:.2g}" if p < 0.1 else f"p = {p:.2f}"
 
 
 __all__ = ["FIGURES_NAME", "PAGE_NAME", "render_report", "write_report"]

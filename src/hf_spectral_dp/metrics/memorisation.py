@@ -6,8 +6,10 @@ two sets an image was in, each image would be equally likely to lie in either; t
 hypothesis, so they hold for any generator and any way to measure distance.
 
 Such figures are evidence, never a guarantee: what finds nothing may be a weak attack, and distances in particular miss
-leaks that membership inference finds (Yao et al., arXiv:2505.01524). They are computed from private images and are not
-covered by the privacy guarantee, so think before publishing them. Show them beside a model trained without noise.
+leaks that membership inference finds (Yao et al., arXiv:2505.01524). The search for copies counts real images that are
+copied, not copies, so many copies of one image are one fact to it; and it does not see copies that lost most of their
+detail in the tokens (`python -m benchmarks.copies`). The figures are computed from private images and are not covered
+by the privacy guarantee, so think before publishing them. Show them beside a model trained without noise.
 """
 
 import math
