@@ -24,7 +24,7 @@ from benchmarks.report import write_report
 from hf_spectral_dp import DPSpectralPipeline
 from hf_spectral_dp.image_sources import decode_image, load_images
 from hf_spectral_dp.metrics.memorisation import copying, nearest_neighbours, pixel_features
-from hf_spectral_dp.super_resolution import SpectralSuperResolution, upscale
+from hf_spectral_dp.super_resolution import SpectralSuperResolution, upscale_to
 
 GENERATED, REFERENCES = 1000, 2000  # images; REFERENCES of training and of held-out images each
 
@@ -41,8 +41,7 @@ def pipeline() -> DPSpectralPipeline:
 def through_tokens(chain: DPSpectralPipeline, pixels: Tensor) -> Tensor:
     """What the model can show of images (N, 1, S, S) at best, cropped as its own images are."""
     images = chain.model.decode(chain.model.codec.encode(pixels))
-    while images.shape[-1] < chain.image_processor.image_size:
-        images = upscale(chain.super_resolution, images)
+    images = upscale_to(chain.image_processor.image_size, chain.super_resolution, images)
     return chain.image_processor.postprocess(images, "pt") * 2 - 1
 
 

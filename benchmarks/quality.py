@@ -52,7 +52,7 @@ from benchmarks.quality_methods import (
 )
 from benchmarks.report import write_report
 from hf_spectral_dp import DPSpectralPipeline, PrivacyCard, SpectralConfig
-from hf_spectral_dp.super_resolution import upscale
+from hf_spectral_dp.super_resolution import upscale_to
 
 METHODS = ("ours", "ceiling", "floor", "raster", "pixels", "diffusion", "real")
 TRAINED = ("ours", "raster", "pixels", "diffusion")
@@ -110,9 +110,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def upscaler(network: Any, size: int, coarse: Tensor) -> Tensor:
     """Coarse images at the full size: by `network` as often as it takes, or bicubically if there is none."""
     with torch.no_grad():
-        while coarse.shape[-1] < size:
-            coarse = upscale("bicubic" if network is None else network, coarse)
-    return coarse
+        return upscale_to(size, "bicubic" if network is None else network, coarse)
 
 
 def configuration(images: ImageSet, **fields: Any) -> SpectralConfig:

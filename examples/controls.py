@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hf_spectral_dp import DPSpectralPipeline
+from hf_spectral_dp.assessment import draw_images
 from hf_spectral_dp.image_sources import decode_image, load_images
 from hf_spectral_dp.metrics.utility import classifier_accuracy
-from hf_spectral_dp.super_resolution import upscale
+from hf_spectral_dp.super_resolution import upscale_to
 from hf_spectral_dp.token_store import TokenStore
 
 Labelled = tuple[Tensor, Tensor]
@@ -36,24 +37,16 @@ def through_codec(pipeline: DPSpectralPipeline, store: TokenStore) -> Labelled:
     """The private images as well as the tokens and the super-resolution can show them."""
     rows = store[range(len(store))]["input_ids"]
     images = pipeline.model.decode(rows[:, 1:])
-    while images.shape[-1] < pipeline.image_processor.image_size:
-        images = upscale(pipeline.super_resolution, images)
+    images = upscale_to(pipeline.image_processor.image_size, pipeline.super_resolution, images)
     labels = rows[:, 0] - pipeline.model.config.class_token_ids[0]
     return pipeline.image_processor.postprocess(images, "pt") * 2 - 1, labels
 
 
 def generated(pipeline: DPSpectralPipeline, model: Any, each: int) -> Labelled:
     """`each` images per class from `model`, through the rest of `pipeline`."""
-    names = ("guidance_scale", "temperature", "top_k", "top_p")
-    sampling = {name: pipeline.config[name] for name in names}
-    chain = DPSpectralPipeline(model, pipeline.image_processor, pipeline.super_resolution, **sampling)
-    chain.set_progress_bar_config(disable=True)
-    classes = torch.arange(model.config.num_classes)
-    generator = torch.Generator().manual_seed(0)
-    images = chain(
-        class_labels=classes, num_images=each, generator=generator, output_type="pt", batch_size=500
-    ).images  # fmt: skip
-    return images * 2 - 1, classes.repeat_interleave(each)
+    images, labels = draw_images(pipeline, model, each * model.config.num_classes, seed=0, batch_size=500)
+    assert labels is not None  # a model with classes
+    return images, labels
 
 
 def trained_without_privacy(model: Any, store: TokenStore, epochs: float, folder: Path, use_cpu: bool) -> Any:

@@ -37,6 +37,15 @@ def tiny_model(num_channels: int = 1, num_classes: int = 10) -> SpectralTokenize
     return model
 
 
+def wild(model: SpectralTokenizerForCausalLM, std: float = 0.4) -> SpectralTokenizerForCausalLM:
+    """Weights large enough that every token, position and condition moves every later logit."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=std, generator=generator)
+    return model.eval()
+
+
 @pytest.fixture(scope="session")
 def grey_model() -> SpectralTokenizerForCausalLM:
     return tiny_model()

@@ -20,6 +20,7 @@ ORDER = [
     "modeling_spectral",
     "image_processing_spectral",
     "image_sources",
+    "whole_files",
     "text_encoder",
     "privacy",
     "privacy_report",
@@ -49,7 +50,10 @@ ORDER = [
     "cli",
     "",  # hf_spectral_dp/__init__.py
 ]
-MAY_READ = {"card": {"released_files", "report_rules", "verification"}, "privacy": set()}  # stricter than the order
+MAY_READ = {  # stricter than the order
+    "card": {"released_files", "report_rules", "verification", "whole_files"},
+    "privacy": set(),
+}
 PRIVACY_LIBRARIES = {"torch", "numpy", "scipy", "dp_accounting", "randomgen"}
 
 

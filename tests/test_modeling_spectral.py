@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_model
+from conftest import tiny_model, wild
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -18,15 +18,6 @@ from hf_spectral_dp.sampling import draw
 torch.set_num_threads(1)
 
 LENGTH, CODES, CLASSES = 12, 48, 10  # of `tiny_model`: three scales of four positions and sixteen codes
-
-
-def wild(model: SpectralTokenizerForCausalLM) -> SpectralTokenizerForCausalLM:
-    """Weights large enough that every token, position and class moves every later logit."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.4, generator=generator)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")

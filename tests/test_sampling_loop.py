@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import tiny_model, wild
 from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache
 
@@ -12,16 +12,11 @@ from hf_spectral_dp.sampling import StepByStep, draw, step
 torch.set_num_threads(1)
 
 
-def wild(**fields) -> SpectralTokenizerForCausalLM:
+def wild_model(**fields) -> SpectralTokenizerForCausalLM:
     """Two layers with weights so large that every position moves every later one."""
     shape = {"image_size": 16, "levels": 2, "patch_sizes": [2, 2, 4], "codebook_sizes": [16, 16, 16], "num_classes": 3}
     size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = SpectralTokenizerForCausalLM(SpectralConfig(**{**shape, **size, **fields})).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.3, generator=generator)
-    return model
+    return wild(SpectralTokenizerForCausalLM(SpectralConfig(**{**shape, **size, **fields})), std=0.3)
 
 
 def lora(model: SpectralTokenizerForCausalLM) -> SpectralTokenizerForCausalLM:
@@ -66,13 +61,13 @@ def logits_of_both_ways(model, compiled=None, prefix: int = 1) -> tuple[torch.Te
     ],
 )
 def test_a_step_computes_what_forward_does(fields, prefix):
-    found, expected = logits_of_both_ways(wild(**fields), prefix=prefix)
+    found, expected = logits_of_both_ways(wild_model(**fields), prefix=prefix)
     assert expected.std() > 0.2
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_adapters_count():
-    model = wild()
+    model = wild_model()
     plain, _ = logits_of_both_ways(model)
     found, expected = logits_of_both_ways(lora(model))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
@@ -80,9 +75,9 @@ def test_adapters_count():
 
 
 def test_double_and_half_precision():
-    found, expected = logits_of_both_ways(wild().double())
+    found, expected = logits_of_both_ways(wild_model().double())
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
-    half, _ = logits_of_both_ways(wild().bfloat16())
+    half, _ = logits_of_both_ways(wild_model().bfloat16())
     assert half.dtype == torch.bfloat16
     assert (half - expected).abs().max() < 0.05 * expected.abs().max()
 
@@ -90,7 +85,7 @@ def test_double_and_half_precision():
 @pytest.mark.filterwarnings("ignore")
 def test_quantised_weights_are_used_through_their_modules():
     """torch's own dynamic int8 linears, which have no `weight` to take rows of."""
-    model = torch.ao.quantization.quantize_dynamic(wild(), {torch.nn.Linear}, dtype=torch.qint8)
+    model = torch.ao.quantization.quantize_dynamic(wild_model(), {torch.nn.Linear}, dtype=torch.qint8)
     assert not isinstance(model.lm_head, torch.nn.Linear)
     found, expected = logits_of_both_ways(model)
     # The scale of the activations is that of a step's rows here, and that of all rows there.
@@ -101,7 +96,7 @@ def test_quantised_weights_are_used_through_their_modules():
 
 def test_masking_all_later_positions_is_the_same_as_not_having_them():
     """What a compiled step computes: fixed shapes and a mask. Run here without the compiler."""
-    model, calls = wild(num_key_value_heads=2), []
+    model, calls = wild_model(num_key_value_heads=2), []
 
     def fixed(*arguments):
         calls.append([memory.shape for memory in arguments[2]])
@@ -114,7 +109,7 @@ def test_masking_all_later_positions_is_the_same_as_not_having_them():
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiled_step_draws_the_same_images():
-    model = wild(num_hidden_layers=1)
+    model = wild_model(num_hidden_layers=1)
     expected = model.sample(torch.arange(3), guidance_scale=2.0, generator=torch.Generator().manual_seed(0))
     model.compile_sampling(backend="aot_eager")  # traced and made functional as by any backend, without its minutes
     found = model.sample(torch.arange(3), guidance_scale=2.0, generator=torch.Generator().manual_seed(0))
@@ -122,7 +117,7 @@ def test_a_compiled_step_draws_the_same_images():
 
 
 def test_the_caller_sees_every_finished_scale():
-    model, seen = wild(), []
+    model, seen = wild_model(), []
     tokens = model.sample(torch.arange(2), on_scale_end=seen.append)
     assert [part.shape for part in seen] == [(2, 4), (2, 8), (2, 12)]
     assert all(torch.equal(part, tokens[:, : part.shape[1]]) for part in seen)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import wild
 from text_parts import SLOTS, WIDTH, text_model
 
 from hf_spectral_dp import SpectralConfig, SpectralTokenizerForCausalLM
@@ -9,15 +10,6 @@ from hf_spectral_dp.privacy.clipping import PerExampleClipper
 
 torch.set_num_threads(1)
 LENGTH, CODES = 12, 48
-
-
-def wild(model):
-    """Weights large enough that every token, slot and state moves every later logit."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.4, generator=generator)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from .metrics.memorisation import (
 )
 from .metrics.utility import UtilityResult, classifier_utility
 from .pipeline_spectral import DPSpectralPipeline
-from .super_resolution import upscale
+from .super_resolution import upscale_to
 
 _SHOWN = 60  # samples on the page
 _STRIPS = 6  # images shown coarse to fine
@@ -224,7 +224,7 @@ def assess(
     if num_images < max(config.num_classes, 50):
         raise ValueError(f"num_images={num_images} is too small; use at least 50, and one per class.")
     left_out: dict[str, str] = {}
-    images, labels = _drawn(pipeline, pipeline.model, num_images, seed)
+    images, labels = draw_images(pipeline, pipeline.model, num_images, seed)
     crop = pipeline.image_processor.postprocess
     heldout = crop(real.pixels, "pt") * 2 - 1
     quality = evaluate_images(_chunks(heldout), _chunks(images), extractor)
@@ -258,7 +258,7 @@ def assess(
         known = crop(training.pixels, "pt") * 2 - 1
         models = {"this model": pipeline.model} | ({"without privacy": twin} if twin is not None else {})
         for name, model in models.items():
-            drawn = images if model is pipeline.model else _drawn(pipeline, model, num_images, seed)[0]
+            drawn = images if model is pipeline.model else draw_images(pipeline, model, num_images, seed)[0]
             leakage[name], neighbours = _leakage(model, drawn, known, heldout, training, real)
             if show_private and model is pipeline.model:
                 panel = _panel(neighbours, images, known, heldout)
@@ -299,7 +299,9 @@ def _spread(total: int, count: int) -> Tensor:
     return torch.linspace(0, total - 1, min(count, total)).round().long()
 
 
-def _drawn(pipeline: DPSpectralPipeline, model: Any, count: int, seed: int) -> tuple[Tensor, Tensor | None]:
+def draw_images(
+    pipeline: DPSpectralPipeline, model: Any, count: int, seed: int, batch_size: int = _CHUNK
+) -> tuple[Tensor, Tensor | None]:
     """`count` images of `model` in [-1, 1] through the rest of the pipeline, class by class, and their labels."""
     names = ("guidance_scale", "temperature", "top_k", "top_p")
     sampling = {name: pipeline.config[name] for name in names}
@@ -310,7 +312,7 @@ def _drawn(pipeline: DPSpectralPipeline, model: Any, count: int, seed: int) -> t
     generator = torch.Generator(model.device.type).manual_seed(seed)
     drawn: Any = chain(
         class_labels=labels, num_images=1 if classes else count, generator=generator, output_type="pt",
-        batch_size=_CHUNK,
+        batch_size=batch_size,
     )  # fmt: skip
     return drawn.images.cpu() * 2 - 1, labels
 
@@ -328,8 +330,7 @@ def _strips(pipeline: DPSpectralPipeline, seed: int) -> list[tuple[str, Tensor]]
         stages.append((f"{end} of {tokens.shape[1]} tokens", crop(model.decode(tokens[:, :end]), "pt").cpu() * 2 - 1))
     images = model.decode(tokens)
     if pipeline.super_resolution is not None and images.shape[-1] < model.config.image_size:
-        while images.shape[-1] < model.config.image_size:
-            images = upscale(pipeline.super_resolution, images)
+        images = upscale_to(model.config.image_size, pipeline.super_resolution, images)
         stages.append(("detail by the public model", crop(images, "pt").cpu() * 2 - 1))
     return stages
 
@@ -491,4 +492,4 @@ def _audit_rows(assessment: Assessment, claim: Mapping[str, Any]) -> list[dict[s
     return rows
 
 
-__all__ = ["Assessment", "Leakage", "Panel", "RealImages", "assess", "for_the_card", "read_real_images"]
+__all__ = ["Assessment", "Leakage", "Panel", "RealImages", "assess", "draw_images", "for_the_card", "read_real_images"]

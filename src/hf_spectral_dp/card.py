@@ -10,7 +10,6 @@ card was written for. It cannot show that the training run did what the record s
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Mapping
 from functools import cache
@@ -30,6 +29,7 @@ from .verification import (
     ledger_contradictions,
     text_contradictions,
 )
+from .whole_files import replace_files
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
@@ -112,12 +112,12 @@ class PrivacyCard:
             raise ValueError(f"folder={str(folder)!r} holds no .safetensors file; save the pipeline there first.")
         check_own_folder(folder)
         card = PrivacyCard({**self.report, "released": released})
-        _replace(folder, {REPORT_NAME: card._text, README_NAME: card.render()})
+        replace_files({folder / REPORT_NAME: card._text.encode(), folder / README_NAME: card.render().encode()})
         return card
 
     def save_readme(self, folder: str | Path) -> None:
         """Renders `README.md` again, as `save` does, and touches nothing else: no hash is taken anew."""
-        _replace(Path(folder), {README_NAME: self.render()})
+        replace_files({Path(folder) / README_NAME: self.render().encode()})
 
     def render(self) -> str:
         """The README: YAML front matter for the Hub, then Markdown. Text of the report cannot become markup."""
@@ -170,26 +170,6 @@ class PrivacyCard:
                 README_NAME, self.render(), folder / README_NAME, again
             )
         return results
-
-
-# -- files -----------------------------------------------------------------------------------------------------------
-
-
-def _replace(folder: Path, texts: Mapping[str, str]) -> None:
-    """Replaces files of a folder; none before all are on the disk."""
-    contents = {folder / name: text.encode() for name, text in texts.items()}
-    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in contents}
-    try:
-        for path, content in contents.items():
-            with temporary[path].open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        for path in contents:
-            os.replace(temporary[path], path)
-    finally:
-        for path in contents:
-            temporary[path].unlink(missing_ok=True)
 
 
 # -- the README ------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from .card import README_NAME, REPORT_NAME, PrivacyCard
 from .configuration_spectral import SpectralConfig
 from .pipeline_spectral import UPSCALING_MODES, DPSpectralPipeline
+from .whole_files import replace_files
 
 SETTINGS_NAME = "export.json"
 _SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")
@@ -96,8 +97,8 @@ def export_dataset(
     state.wait_for_everyone()
     if state.is_main_process:
         card = PrivacyCard.load(source)
-        _write(folder / REPORT_NAME, (Path(source) / REPORT_NAME).read_bytes())
-        _write(folder / README_NAME, dataset_card(card, settings).encode())
+        report, readme = (Path(source) / REPORT_NAME).read_bytes(), dataset_card(card, settings).encode()
+        replace_files({folder / REPORT_NAME: report, folder / README_NAME: readme}, mark="0")
     state.wait_for_everyone()
     return folder
 
@@ -119,7 +120,7 @@ def export_shards(pipeline: DPSpectralPipeline, folder: Path, process_index: int
                 buffer = io.BytesIO()
                 # The schema carries the features. Few rows per group, so that a viewer reads a page and not the file.
                 pyarrow.parquet.write_table(shard.data.table, buffer, row_group_size=100)
-                _write(folder / files[index], buffer.getvalue(), f".{process_index}-")
+                replace_files({folder / files[index]: buffer.getvalue()}, mark=str(process_index))
 
 
 def draw_shard(pipeline: DPSpectralPipeline, settings: dict[str, Any], index: int) -> Dataset:
@@ -297,23 +298,13 @@ def _begin(folder: Path, settings: dict[str, Any]) -> None:
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{str(folder)!r} holds other files; use a folder of its own.")
     (folder / "data").mkdir(parents=True, exist_ok=True)
-    _write(path, (json.dumps(settings, indent=2) + "\n").encode())
+    replace_files({path: (json.dumps(settings, indent=2) + "\n").encode()}, mark="0")
 
 
 def _png(image: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return buffer.getvalue()
-
-
-def _write(path: Path, content: bytes, prefix: str = ".") -> None:
-    """Writes a file whole or not at all: under another name, flushed to disk, then renamed."""
-    temporary = path.with_name(f"{prefix}{path.name}")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 __all__ = ["dataset_card", "draw_shard", "export_dataset", "export_shards", "publish_dataset", "shard_files"]

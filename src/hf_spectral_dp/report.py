@@ -7,7 +7,6 @@ assessment or from the privacy card, and stands in `assessment.json` beside the 
 import base64
 import io
 import json
-import os
 from collections.abc import Mapping
 from functools import cache
 from importlib import metadata
@@ -24,6 +23,7 @@ from .assessment import Assessment
 from .metrics.membership import auroc_limit_of
 from .metrics.memorisation import EVIDENCE, FLAG
 from .privacy.budget import deltas_of, event_from_dict
+from .whole_files import replace_files
 
 PAGE_NAME = "index.html"
 FIGURES_NAME = "assessment.json"
@@ -45,7 +45,7 @@ _METRICS = {
 
 
 def write_report(assessment: Assessment, card: Mapping[str, Any], folder: str | Path) -> Path:
-    """Writes `index.html` and `assessment.json`, each as a whole, and returns the path of the page.
+    """Writes `index.html` and `assessment.json`, both as a whole, and returns the path of the page.
 
     Args:
         card: the privacy report of the generator, `PrivacyCard.report`.
@@ -59,13 +59,7 @@ def write_report(assessment: Assessment, card: Mapping[str, Any], folder: str | 
     text = render_report(assessment, card)
     figures = json.dumps(assessment.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in ((FIGURES_NAME, figures), (PAGE_NAME, text)):
-        temporary = folder / f".{name}.{os.getpid()}.tmp"
-        try:
-            temporary.write_text(content, encoding="utf-8")
-            os.replace(temporary, folder / name)
-        finally:
-            temporary.unlink(missing_ok=True)
+    replace_files({folder / FIGURES_NAME: figures.encode(), folder / PAGE_NAME: text.encode()})
     return folder / PAGE_NAME
 
 

@@ -259,6 +259,13 @@ def upscale(backend: Any, images: Tensor, scale: int | None = None, **options: A
     return upscaler(backend, scale, **options)(images)
 
 
+def upscale_to(side: int, backend: Any, images: Tensor) -> Tensor:
+    """Enlarges images (B, 1 or 3, h, w) by `upscale` as often as it takes until they are at least `side` wide."""
+    while images.shape[-1] < side:
+        images = upscale(backend, images)
+    return images
+
+
 def _diffusers_upscaler(pipeline: DiffusionPipeline, options: dict[str, Any]) -> Upscaler:
     """One of the three upscaling pipelines of diffusers, whose modules take a second to import: only where one is."""
     from diffusers import (
@@ -375,5 +382,6 @@ __all__ = [
     "SpectralSuperResolutionConfig",
     "Upscaler",
     "upscale",
+    "upscale_to",
     "upscaler",
 ]

@@ -236,12 +236,18 @@ class _Lookup(torch.autograd.Function):
         return None, None, None, None
 
 
+def _as_autocast(module: Any, x: Tensor) -> tuple[Tensor, Tensor | None, torch.dtype]:
+    """Weight and bias of a module, and the type for its input `x`, as autocast would give them to it."""
+    weight, bias, dtype = module.weight, module.bias, x.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    return weight, bias, dtype
+
+
 def _affine(module: Any, book: Book, name: str) -> Callable[..., Tensor]:
     def forward(x: Tensor) -> Tensor:
-        weight, bias, dtype = module.weight, module.bias, x.dtype
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        weight, bias, dtype = _as_autocast(module, x)
         if book.last_read is None or book.last_read[0] is not x:
             book.last_read = x, book.rows(x, name).to(dtype), _Readers()
         _, inputs, readers = book.last_read
@@ -253,20 +259,8 @@ def _affine(module: Any, book: Book, name: str) -> Callable[..., Tensor]:
 
 def _convolution(module: Any, book: Book, name: str) -> Callable[..., Tensor]:
     def forward(x: Tensor) -> Tensor:
-        weight, bias, dtype = module.weight, module.bias, x.dtype
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        weight, bias, dtype = _as_autocast(module, x)
         return _Convolution.apply(book.rows(x, name).to(dtype), weight, bias, module, book)
-
-    return forward
-
-
-def _group_norm(module: Any, book: Book, name: str) -> Callable[..., Tensor]:
-    def forward(x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            x = book.rows(precise(x) if module.weight.dtype != x.dtype else x, name)
-            return _GroupNorm.apply(x, module.weight, module.bias, module, book)
 
     return forward
 
@@ -275,11 +269,13 @@ def _embedding(module: Any, book: Book, name: str) -> Callable[..., Tensor]:
     return lambda ids: _Lookup.apply(book.rows(ids, name), module.weight, module, book)
 
 
-def _layer_norm(module: Any, book: Book, name: str) -> Callable[..., Tensor]:
+def _norm(module: Any, book: Book, name: str) -> Callable[..., Tensor]:
+    function = _LayerNorm if isinstance(module, nn.LayerNorm) else _GroupNorm
+
     def forward(x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             x = book.rows(precise(x) if module.weight.dtype != x.dtype else x, name)
-            return _LayerNorm.apply(x, module.weight, module.bias, module, book)
+            return function.apply(x, module.weight, module.bias, module, book)
 
     return forward
 
@@ -314,9 +310,9 @@ def _rule(module: nn.Module) -> Callable[..., Callable[..., Tensor]] | None:
         plain = module_.max_norm is None and not module_.scale_grad_by_freq and not module_.sparse
         return _embedding if plain else None
     if _plain(module, nn.LayerNorm) and module.weight is not None:
-        return _layer_norm
+        return _norm
     if _plain(module, nn.GroupNorm) and module.affine:
-        return _group_norm
+        return _norm
     if _plain(module, nn.Conv2d):
         plain_ = module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
         return _convolution if plain_ else None

@@ -1,0 +1,32 @@
+"""Files are replaced as a whole, all of them or none, whatever fails and wherever a process was killed."""
+
+import os
+
+import pytest
+
+from hf_spectral_dp.whole_files import replace_files
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_all_files_or_none(tmp_path, monkeypatch, failing):
+    paths = [tmp_path / "a", tmp_path / "b"]
+    replace_files({path: b"old" for path in paths})
+    calls, fsync = [], os.fsync
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) == failing:
+            raise OSError("no space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        replace_files({path: b"new" for path in paths})
+    assert [path.read_bytes() for path in paths] == [b"old", b"old"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_what_a_killed_process_left_is_overwritten(tmp_path):
+    (tmp_path / ".3-a").write_bytes(b"half")
+    replace_files({tmp_path / "a": b"whole"}, mark="3")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"whole"}
