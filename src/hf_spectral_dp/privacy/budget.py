@@ -19,8 +19,6 @@ from dp_accounting.privacy_accountant import NeighboringRelation
 from scipy.optimize import brentq
 from scipy.special import log_ndtr
 
-ACCOUNTANT = "PLD"
-
 _RELATIONS = {
     "add-or-remove-one": NeighboringRelation.ADD_OR_REMOVE_ONE,
     "zero-out-one": NeighboringRelation.REPLACE_SPECIAL,

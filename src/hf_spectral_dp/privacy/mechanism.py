@@ -76,7 +76,6 @@ class NoisyClippedMean:
                     dist.all_reduce(total)
         return {name: total / self.divisor for name, total in sums.items()}
 
-
     def _micro_batches(self, rows: Tensor) -> list[tuple[Tensor, int]]:
         """Some of the rows at a time, and how many of them are padding.
 
