@@ -107,6 +107,12 @@ def test_edited_json_is_checked_and_unknown_fields_are_kept(tmp_path):
         SpectralConfig.from_pretrained(tmp_path)
 
 
+def test_the_type_of_a_field_changed_afterwards_is_checked():
+    config = SpectralConfig()
+    with pytest.raises(StrictDataclassFieldValidationError, match="levels"):
+        config.levels = "three"
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -312,6 +312,18 @@ def test_what_is_saved_is_what_is_loaded(tmp_path, super_resolution):
     assert type(again.super_resolution) is type(pipe.super_resolution)
 
 
+def test_half_precision_leaves_the_codec_alone(tmp_path):
+    """So that tokens become the same images; everything else is in the precision asked for."""
+    pipeline(super_resolution=network()).save_pretrained(tmp_path)
+    half = DPSpectralPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    half.set_progress_bar_config(disable=True)
+    assert half.model.lm_head.weight.dtype == half.super_resolution.dtype == torch.bfloat16
+    assert {buffer.dtype for buffer in half.model.codec.buffers()} == {torch.float32}
+    tokens = half.model.sample(torch.tensor([3]), generator=seeded())
+    assert torch.equal(half.model.decode(tokens), DPSpectralPipeline.from_pretrained(tmp_path).model.decode(tokens))
+    assert half(class_labels=3, generator=seeded()).images[0].size == (16, 16)
+
+
 @pytest.mark.slow  # a new process imports everything again
 def test_a_fresh_process_needs_one_import(tmp_path):
     pipe = pipeline(pad=2, super_resolution=network(), temperature=0.8)

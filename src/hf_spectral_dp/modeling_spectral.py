@@ -285,6 +285,9 @@ class SpectralTokenizerForCausalLM(HubModel, PreTrainedModel, GenerationMixin):
     def compile_sampling(self, **options) -> None:
         """Compiles the step that `sample` repeats; the first images after that take up to minutes.
 
+        Where the processor has bfloat16, a model loaded with `dtype=torch.bfloat16` is the faster one: the matrix
+        products of a wide model are most of its time. The codec stays in float32.
+
         Args:
             options: of `torch.compile`, such as `mode="reduce-overhead"` on a GPU.
         """

@@ -119,8 +119,8 @@ class DPSpectralPipeline(DiffusionPipeline):
 
         Args:
             pretrained_model_name_or_path: a folder, or a Hub id, "owner/name".
-            kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `torch_dtype`, components by name, and what
-                else diffusers takes.
+            kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `dtype`, components by name, and what else
+                diffusers takes.
 
         Raises:
             ValueError: remote code or pickles are asked for, a file is damaged or names one outside of its folder, or
