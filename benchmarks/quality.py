@@ -38,7 +38,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,7 @@ class Size:
 SIZES = {
     "quick": Size(600, 300, 600, 20, 8, 4, 64, 8, 6, 1, 2, 100, (16, 32), 4),
     "small": Size(20000, 3000, 4000, 100, 250, 24, 512, 250, 150, 1, 2, 1000, (16, 32), 20),
-    "photos": Size(20000, 1500, 15000, 750, 600, 15, 2048, 500, 0, 1, 2, 1500, (16, 32), 20),
+    "photos": Size(20000, 1500, 15000, 750, 400, 24, 768, 300, 0, 1, 2, 1500, (16, 32), 20),
     "medium": Size(60000, 10000, 20000, 1000, 3000, 200, 2048, 3000, 400, 1, 2, 2000, (32, 64), 20),
     "full": Size(60000, 10000, 60000, 2000, 8000, 400, 4096, 20000, 2000, 3, 1, 10000, (64, 128), 50),
 }
@@ -229,10 +229,18 @@ def sources(
 
 
 def compare(
-    name: str, methods: list[str], epsilons: list[float], title: str, data: Path, grids: Path | None, folders: Folders
+    name: str,
+    methods: list[str],
+    epsilons: list[float],
+    title: str,
+    data: Path,
+    grids: Path | None,
+    folders: Folders,
+    steps: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     """The rows of the benchmark."""
     images, size = IMAGE_SETS[name], SIZES[title]
+    size = size if steps is None else replace(size, steps=steps)
     private = private_images(images, data, "train", size.private)
     test = private_images(images, data, images.test_split, size.test)
     public = public_images(images, data, size.public)
@@ -250,6 +258,7 @@ def compare(
             "seconds": round(cost.seconds, 1),
             "flops": cost.flops,
             "public_seconds": round(before.seconds, 1),
+            "public_flops": before.flops,
             "epsilon_spent": cost.epsilon,
         }
         if callable(source):
@@ -304,6 +313,7 @@ def main() -> None:
     parser.add_argument("--epsilon", type=float, nargs="+", default=[1.0, 10.0, math.inf], help="inf: without privacy")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--size", choices=tuple(SIZES), default="small")
+    parser.add_argument("--steps", type=int, help="of DP training, instead of the size's: what little training gives")
     parser.add_argument("--quick", action="store_true", help="the same as --size quick")
     parser.add_argument("--pipeline", type=Path, help="measure this trained pipeline only")
     parser.add_argument("--codec", type=Path, help="colour: folder of the public codec of ours")
@@ -321,8 +331,14 @@ def main() -> None:
         command += f" --pipeline {arguments.pipeline}"
     else:
         folders = Folders(arguments.codec, arguments.super_resolution, arguments.keep)
-        rows = compare(arguments.dataset, arguments.methods, arguments.epsilon, size, arguments.data, grids, folders)
+        rows = compare(
+            arguments.dataset, arguments.methods, arguments.epsilon, size, arguments.data, grids, folders,
+            arguments.steps,
+        )  # fmt: skip
         command += f" --epsilon {' '.join(f'{epsilon:g}' for epsilon in arguments.epsilon)}"
+        for name in ("codec", "super_resolution", "keep", "steps"):
+            if getattr(arguments, name) is not None:
+                command += f" --{name} {getattr(arguments, name)}"
         if len(arguments.methods) < len(METHODS):
             command += f" --methods {' '.join(arguments.methods)}"
     write_report(command, list(rows), arguments.out)
