@@ -4,10 +4,10 @@ All draw from the same model the same number of tokens, from the whole distribut
 cache" of the same model, batch, guidance and `dtype`; `ratio_to_float32` to that in float32. `generate` guides by a
 second pass of its own; ours by one doubled batch. The rows "bfloat16 against float32" say what the precision changes:
 the mean Kullback-Leibler divergence per token, in nats, of the distributions that tokens are drawn from, beside their
-mean entropy. Timings and ratios are medians of interleaved rounds. `floor_share` is what the hardware would need at least,
-over what it needed: the larger of the arithmetic at the speed of a large matrix product and the reading of the weights
-at the speed of a large copy, both measured here. "digits" is the model in the package; "wide" has ten times as many
-weights, random ones. Further rows give the share of a pipeline's time that passes outside of its models.
+mean entropy. Timings and ratios are medians of interleaved rounds. `floor_share` is what the hardware would need at
+least, over what it needed: the larger of the arithmetic at the speed of a large matrix product and the reading of the
+weights at the speed of a large copy, both measured here. "digits" is the model in the package; "wide" has ten times as
+many weights, random ones. Further rows give the share of a pipeline's time that passes outside of its models.
 """
 
 import argparse

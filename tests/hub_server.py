@@ -73,6 +73,10 @@ class HubServer:
         return self.repositories[repo_id].commits[-1][2]
 
 
+_REPOSITORY = r"/((?P<kind>datasets)/)?(?P<repo>[^/]+/[^/]+)"
+_API = r"/api/(?P<kind>models|datasets)/(?P<repo>[^/]+/[^/]+)"
+
+
 class _Handler(BaseHTTPRequestHandler):
     hub: HubServer
     protocol_version = "HTTP/1.1"
@@ -98,14 +102,14 @@ class _Handler(BaseHTTPRequestHandler):
         ("POST", r"/api/repos/create", "_create"),
         ("POST", r"/api/validate-yaml", "_validate"),
         ("GET", r"/api/whoami-v2", "_whoami"),
-        ("POST", r"/api/(?P<kind>models|datasets)/(?P<repo>[^/]+/[^/]+)/preupload/(?P<revision>[^/]+)", "_preupload"),
-        ("POST", r"/((?P<kind>datasets)/)?(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch", "_batch"),
+        ("POST", _API + r"/preupload/(?P<revision>[^/]+)", "_preupload"),
+        ("POST", _REPOSITORY + r"\.git/info/lfs/objects/batch", "_batch"),
         ("PUT", r"/objects/(?P<oid>[0-9a-f]{64})", "_put"),
-        ("POST", r"/api/(?P<kind>models|datasets)/(?P<repo>[^/]+/[^/]+)/commit/(?P<revision>[^/]+)", "_commit"),
-        ("GET", r"/api/(?P<kind>models|datasets)/(?P<repo>[^/]+/[^/]+)(/revision/(?P<revision>[^/]+))?", "_info"),
-        ("GET", r"/api/(?P<kind>models|datasets)/(?P<repo>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)(/(?P<below>.+))?", "_tree"),
-        ("POST", r"/api/(?P<kind>models|datasets)/(?P<repo>[^/]+/[^/]+)/paths-info/(?P<revision>[^/]+)", "_paths"),
-        ("GET|HEAD", r"/((?P<kind>datasets)/)?(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "_resolve"),
+        ("POST", _API + r"/commit/(?P<revision>[^/]+)", "_commit"),
+        ("GET", _API + r"(/revision/(?P<revision>[^/]+))?", "_info"),
+        ("GET", _API + r"/tree/(?P<revision>[^/]+)(/(?P<below>.+))?", "_tree"),
+        ("POST", _API + r"/paths-info/(?P<revision>[^/]+)", "_paths"),
+        ("GET|HEAD", _REPOSITORY + r"/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "_resolve"),
         ("GET|HEAD", r"/objects/(?P<oid>[0-9a-f]{64})", "_object"),
     )
 

@@ -1,4 +1,4 @@
-"""`hf-spectral-dp generate` draws what the pipeline draws, shows it all in one picture, and writes nothing on bad input."""
+"""`hf-spectral-dp generate` draws what the pipeline draws, and writes nothing on bad input."""
 
 from pathlib import Path
 

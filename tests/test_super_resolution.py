@@ -187,7 +187,7 @@ def test_tiles_of_the_default_network_leave_no_seam():
 def test_tiles_of_swin2sr_leave_no_seam_where_windows_coincide(size):
     """Two layers of windows of 4, the second shifted, and three convolutions: what is 16 pixels away has no effect.
 
-    Exact up to rounding, if tiles and overlap are multiples of the window; else a tile has other windows than the whole.
+    Exact up to rounding, if tiles and overlap are multiples of the window; else a tile has windows of its own.
     """
     torch.manual_seed(0)
     fields = {"embed_dim": 8, "depths": [2], "num_heads": [1], "window_size": 4, "upsampler": "pixelshuffledirect"}
