@@ -32,7 +32,7 @@ GENERATORS = {"digits": "digits-super-resolution", "digits-fine": "digits-fine-s
 """Generator to the super-resolution model that completes it."""
 FOLDER = "reports"
 MEASURED_NAME = "measured.json"
-IMAGES = 2000  # generated, and drawn by program
+IMAGES = 1000  # generated, and drawn by program
 _HELD_OUT_SEED = 1_000_000  # training used those from 0 to 60,001
 
 
@@ -73,7 +73,7 @@ def write_reports(name: str, out: Path, kinds: tuple[str, ...] = tuple(REAL), **
     for kind in kinds:
         title, rows = REAL[kind]
         real = read_real_images(rows(), pipeline.image_processor, title, label_column="label", public=True)
-        assessment = assess(pipeline, real, **{"num_images": IMAGES, "seeds": 2, **settings})
+        assessment = assess(pipeline, real, **{"num_images": IMAGES, "seeds": 1, **settings})
         write_report(assessment, None, out / kind, f"{name}: public digits, beside {title}")
     (out / MEASURED_NAME).write_text(json.dumps(measured_files(name), indent=2) + "\n", encoding="utf-8")
 
