@@ -53,7 +53,7 @@ def public_card(folder: Path, facts: dict[str, Any]) -> str:
         [
             (folder / README_NAME).read_text(encoding="utf-8").rstrip(),
             "",
-            *([*reports.summary(folder.name), ""] if folder.name in reports.GENERATORS else []),
+            *reports.summary(folder.name),
             "## Privacy",
             "",
             facts["statement"],
