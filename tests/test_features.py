@@ -108,7 +108,7 @@ def test_series_of_choices_move_away_from_the_set_step_by_step():
             assert 0.01 < distances[0] and all(a < b for a, b in itertools.pairwise(distances)), name
         else:
             sets = [set(some.tolist()) for some in chosen]
-            for larger, smaller in itertools.pairwise(sets):  # fewer, and, but for the few never drawn, among the others
+            for larger, smaller in itertools.pairwise(sets):  # fewer, and nearly all among the others
                 assert len(smaller) < len(larger) and len(smaller - larger) < 0.1 * len(smaller), name
     assert torch.equal(torch.bincount(labels[imbalanced(labels, 1, chances)]) > 0, own > 0)
 
