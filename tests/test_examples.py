@@ -119,6 +119,28 @@ def test_a_config_that_cannot_work_fails_before_any_image_is_read(
     assert not (tmp_path / "out").exists()
 
 
+def test_test_images_that_cannot_be_used_end_the_run_before_it_spends(job, tmp_path, monkeypatch):
+    job["evaluation"]["label_column"] = "colour"
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(job))
+    monkeypatch.setattr(train, "DPTrainer", lambda *args: pytest.fail("training began"))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(config)])
+    with pytest.raises(ValueError, match="no column 'colour'"):
+        train.main()
+
+
+def test_a_broken_test_image_is_left_out_of_the_controls(tmp_path):
+    rows = images(12, 0).to_dict()
+    rows["image"][3] = {"bytes": b"no image", "path": None}
+    features = Features({"image": Image(decode=False), "label": ClassLabel(num_classes=10)})
+    (tmp_path / "data").mkdir()
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "data" / "test.parquet")
+    section = {"source": str(tmp_path / "data"), "split": "test"}
+    with pytest.warns(UserWarning, match="1 images could not be read"):
+        pixels, labels = train.real_images(section, SpectralImageProcessor(image_size=16, num_channels=1))
+    assert pixels.shape == (11, 1, 16, 16) and labels.tolist() == [0, 1, 2, 4, 5, 6, 7, 8, 9, 0, 1]
+
+
 @pytest.mark.parametrize("path", sorted((EXAMPLES / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_of_the_repository_is_readable(path):
     config = train.read_config(str(path))

@@ -1,5 +1,7 @@
 """Extractors: one protocol, weights from where the user says, and never a download that nobody asked for."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -12,6 +14,7 @@ from transformers import (
     Dinov2Model,
 )
 
+from benchmarks.features import CHOICES, imbalanced
 from hf_spectral_dp.image_sources import decode_image, load_images
 from hf_spectral_dp.metrics.distances import cmmd, kernel_distance
 from hf_spectral_dp.metrics.features import FeatureExtractor, PublicFeatures, TextExtractor, load_extractor
@@ -90,6 +93,24 @@ def test_nothing_is_fetched_unasked(tmp_path):
     for spec in ("vgg", "clip", "inception:"):
         with pytest.raises(ValueError, match="is not known"):
             load_extractor(spec)
+
+
+def test_series_of_choices_move_away_from_the_set_step_by_step():
+    """The benchmark of degradations must not hold a tie, nor a step back: each strength is farther than the last."""
+    labels = torch.arange(5).repeat_interleave(torch.tensor([3000, 1000, 800, 2000, 200]))
+    chances = torch.rand(2, len(labels), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    own = torch.bincount(labels) / len(labels)
+    for name, (choose, strengths) in CHOICES.items():
+        chosen = [choose(labels, strength, chances) for strength in strengths]
+        if "classes" in name or "imbalance" in name:
+            shares = [torch.bincount(labels[some], minlength=5) / len(labels) for some in chosen]
+            distances = [float(torch.xlogy(share, share / own).sum()) for share in shares]
+            assert 0.01 < distances[0] and all(a < b for a, b in itertools.pairwise(distances)), name
+        else:
+            sets = [set(some.tolist()) for some in chosen]
+            for larger, smaller in itertools.pairwise(sets):  # fewer, and nearly all among the others
+                assert len(smaller) < len(larger) and len(smaller - larger) < 0.1 * len(smaller), name
+    assert torch.equal(torch.bincount(labels[imbalanced(labels, 1, chances)]) > 0, own > 0)
 
 
 def test_the_shipped_extractor_orders_degradations_of_digits():

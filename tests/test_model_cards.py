@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "model_cards"))
 
 import build  # noqa: E402
+import reports  # noqa: E402
 
 SHIPPED = sorted(path.name for path in build.CHECKPOINTS.iterdir() if path.is_dir())
 
@@ -28,6 +30,27 @@ def test_the_card_names_the_hash_of_every_shipped_file(name):
         if path.suffix in (".safetensors", ".json"):
             assert hashlib.sha256(path.read_bytes()).hexdigest() in text, path.name
     assert (build.HERE / name / "privacy.json").exists() or "no privacy claim" in text
+
+
+@pytest.mark.parametrize("name", reports.GENERATORS)
+def test_the_reports_speak_of_the_shipped_files_and_fetch_nothing(name, monkeypatch):
+    if not (build.HERE / name / reports.FOLDER).exists():
+        pytest.skip(f"no reports yet; run `python model_cards/reports.py {name}`, then `python model_cards/build.py`")
+    text = (build.HERE / name / "README.md").read_text(encoding="utf-8")
+    for kind in reports.REAL:
+        page = build.HERE / name / reports.FOLDER / kind / "index.html"
+        assert f"({page.relative_to(page.parents[2]).as_posix()})" in text
+        assert page.stat().st_size < 1_000_000 and not re.search(r"(src|href)=\"(?!data:|#)", page.read_text())
+    monkeypatch.setattr(reports, "measured_files", lambda name: {name: "other weights"})
+    with pytest.raises(ValueError, match=f"other files.*reports.py {name}"):
+        reports.summary(name)
+
+
+def test_a_report_is_measured_on_the_shipped_generator(tmp_path, monkeypatch):
+    monkeypatch.setattr(reports, "IMAGES", 60)
+    reports.write_reports("digits", tmp_path, kinds=("drawn",), num_images=50, seeds=1, steps=1)
+    assert "made from public images only" in (tmp_path / "drawn" / "index.html").read_text()
+    assert json.loads((tmp_path / "measured.json").read_text()) == reports.measured_files("digits")
 
 
 def test_a_checkpoint_that_says_nothing_of_its_data_stops_the_build(tmp_path, monkeypatch):

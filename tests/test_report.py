@@ -97,6 +97,16 @@ def test_private_pictures_and_warnings_only_where_they_belong(strangers):
     assert "not looked for" in text
 
 
+def test_a_generator_of_public_images_claims_nothing(strangers):
+    reader = read(render_report(strangers, None, "drawn digits"))
+    text = " ".join(" ".join(reader.words).split())
+    assert not reader.open and "No private image was used" in text and "no claim" in text and "drawn digits" in text
+    assert "ε" not in text and "not accounted" not in text and "private generator" not in text
+    assert reader.tags.count("svg") == 1  # of utility; none of attacks
+    with pytest.raises(ValueError, match="needs a name"):
+        render_report(strangers, None)
+
+
 def test_text_of_the_card_is_no_markup(strangers):
     wicked = "<script>alert(1)</script>\"'><img src=http://x>"
     fields = changed(report(), ("data", "name"), wicked)

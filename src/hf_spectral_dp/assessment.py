@@ -48,6 +48,7 @@ class RealImages:
         labels: (N,) integers, or None.
         public: may figures computed from them be published? Only images that nobody protects are.
         unreadable: images that could not be read and were left out.
+        resized: images of another shape than the model's, brought to it.
     """
 
     name: str
@@ -55,6 +56,7 @@ class RealImages:
     labels: Tensor | None
     public: bool
     unreadable: int
+    resized: int = 0
 
 
 def read_real_images(
@@ -65,16 +67,17 @@ def read_real_images(
     image_column: str = "image",
     label_column: str | None = None,
     public: bool = False,
-    limit: int = 10_000,
+    limit: int | None = 10_000,
 ) -> RealImages:
-    """The first `limit` rows of a data set, as `image_sources.load_images` gives them; broken images are left out.
+    """The first `limit` rows (None: all) of a data set as `image_sources.load_images` gives them, less broken images.
 
     Images of any sizes are brought to the model's side by `processor`, as in training.
 
     Raises:
         ValueError: no row has the column, a label is no integer from 0, or no image can be read.
     """
-    parts, labels, waiting, unreadable = [], [], [], 0
+    parts, labels, waiting, unreadable, resized = [], [], [], 0, 0
+    side = processor.image_size - 2 * processor.pad
     for count, row in enumerate(rows):
         if count == limit:
             break
@@ -91,6 +94,7 @@ def read_real_images(
             if isinstance(label, bool) or not isinstance(label, int) or label < 0:
                 raise ValueError(f"{name}: label {label!r} in row {count} is no integer from 0; map labels to numbers.")
             labels.append(label)
+        resized += image.size != (side, side)
         waiting.append(image)
         if len(waiting) == _CHUNK:
             parts.append(processor(waiting)["pixel_values"])
@@ -101,7 +105,8 @@ def read_real_images(
         raise ValueError(f"{name} holds no image that can be read ({unreadable} broken); check the source and column.")
     if unreadable:
         warnings.warn(f"{name}: {unreadable} images could not be read and were left out.", stacklevel=2)
-    return RealImages(name, torch.cat(parts), torch.tensor(labels) if label_column else None, public, unreadable)
+    labelled = torch.tensor(labels) if label_column else None
+    return RealImages(name, torch.cat(parts), labelled, public, unreadable, resized)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +154,7 @@ class Assessment:
         left_out: what could not be measured, and why.
         accesses: every look at real images: {"what", "private", "accounted", "released"}; `released` if a figure of it
             goes onto the card.
-        real, training: names and numbers of the real images: {"name", "images", "public", "unreadable"}.
+        real, training: names and numbers of the real images: {"name", "images", "public", "unreadable", "resized"}.
         generated: number of generated images that figures are from; seed: of their generator.
     """
 
@@ -287,6 +292,7 @@ def _described(images: RealImages) -> dict[str, Any]:
         "images": len(images.pixels),
         "public": images.public,
         "unreadable": images.unreadable,
+        "resized": images.resized,
     }
 
 

@@ -44,51 +44,57 @@ _METRICS = {
 }
 
 
-def write_report(assessment: Assessment, card: Mapping[str, Any], folder: str | Path) -> Path:
+def write_report(
+    assessment: Assessment, card: Mapping[str, Any] | None, folder: str | Path, name: str | None = None
+) -> Path:
     """Writes `index.html` and `assessment.json`, both as a whole, and returns the path of the page.
 
     Args:
-        card: the privacy report of the generator, `PrivacyCard.report`.
+        card: the privacy report of the generator, `PrivacyCard.report`; None for a generator that was made from public
+            images only, which the page then says.
         folder: made if missing.
+        name: what the page calls the generator; default, the name of the private data.
 
     Raises:
         ImportError: matplotlib is not installed.
         OSError: the folder cannot be written; files that were there are still whole.
     """
     folder = Path(folder)
-    text = render_report(assessment, card)
+    text = render_report(assessment, card, name)
     figures = json.dumps(assessment.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     replace_files({folder / FIGURES_NAME: figures.encode(), folder / PAGE_NAME: text.encode()})
     return folder / PAGE_NAME
 
 
-def render_report(assessment: Assessment, card: Mapping[str, Any]) -> str:
-    """The page as text."""
-    claim = card["claim"]
-    deltas = deltas_of(event_from_dict(card["accounting"]["event"]), _EPSILONS, card["adjacency"]["relation"])
-    bounds = list(zip(_EPSILONS, deltas, strict=True))
+def render_report(assessment: Assessment, card: Mapping[str, Any] | None, name: str | None = None) -> str:
+    """The page as text; see `write_report`.
+
+    Raises:
+        ValueError: neither a card nor a name.
+    """
+    if card is None and name is None:
+        raise ValueError("name=None: a generator without a privacy card needs a name for its page.")
     leakage = assessment.leakage
-    measured = []
-    for name, leak in leakage.items():
-        best = max(leak.membership, key=lambda result: result.tpr)
-        whom = "this model" if name == "this model" else "its twin without privacy"
-        measured.append((f"best attack on {whom}", best.tpr, best.tpr_low, best.tpr_high))
+    labels = [str(one.label) for one in assessment.utility[0].per_class] if assessment.utility else []
+    svg = {"utility": plots.accuracies(assessment.utility, labels) if assessment.utility else ""}
     shares = [
         (label, found.share, found.low, found.high, found.expected)
-        for name, leak in leakage.items()
-        for label, found in ((name, leak.copying), (f"{name}, 3 % copies put in", leak.copies_noticed))
+        for model, leak in leakage.items()
+        for label, found in ((model, leak.copying), (f"{model}, 3 % copies put in", leak.copies_noticed))
     ]
-    labels = [str(one.label) for one in assessment.utility[0].per_class] if assessment.utility else []
-    svg = {
-        "attack": plots.attack_curve(bounds, measured),
-        "profile": plots.profile(claim["profile"]),
-        "utility": plots.accuracies(assessment.utility, labels) if assessment.utility else "",
-        "shares": plots.shares(shares) if shares else "",
-    }
+    svg["shares"] = plots.shares(shares) if shares else ""
+    limit = None
+    if card is not None:
+        deltas = deltas_of(event_from_dict(card["accounting"]["event"]), _EPSILONS, card["adjacency"]["relation"])
+        bounds = list(zip(_EPSILONS, deltas, strict=True))
+        limit = auroc_limit_of(bounds)
+        svg["attack"] = plots.attack_curve(bounds, _best_attacks(assessment))
+        svg["profile"] = plots.profile(card["claim"]["profile"])
     return _template().render(
         card=card,
-        claim=claim,
+        claim=card["claim"] if card else None,
+        name=name if card is None else name or card["data"]["name"],
         assessment=assessment,
         samples=_sample_tiles(assessment),
         columns=_columns(assessment),
@@ -98,11 +104,21 @@ def render_report(assessment: Assessment, card: Mapping[str, Any]) -> str:
         metrics=_METRICS,
         svg={name: Markup(text) for name, text in svg.items()},
         accesses=_accesses(assessment, card),
-        limit=auroc_limit_of(bounds),
+        limit=limit,
         evidence=EVIDENCE,
         flag=FLAG,
         version=metadata.version("hf-spectral-dp"),
     )
+
+
+def _best_attacks(assessment: Assessment) -> list[tuple[str, float, float, float]]:
+    """The attack with the highest true positive rate on each model, and that rate with its interval."""
+    found = []
+    for model, leak in assessment.leakage.items():
+        best = max(leak.membership, key=lambda result: result.tpr)
+        whom = "this model" if model == "this model" else "its twin without privacy"
+        found.append((f"best attack on {whom}", best.tpr, best.tpr_low, best.tpr_high))
+    return found
 
 
 # -- pictures --------------------------------------------------------------------------------------------------------
@@ -162,17 +178,21 @@ def _with_track(row: Mapping[str, Any]) -> dict[str, Any]:
     return {**row, "track": {name: round(96 * (figure - start) / width + 2, 2) for name, figure in figures.items()}}
 
 
-def _accesses(assessment: Assessment, card: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def _accesses(assessment: Assessment, card: Mapping[str, Any] | None) -> list[tuple[str, str, str]]:
     """Every look at private data: what, how it is covered, and a word for the colour."""
-    measured = {access["what"] for access in assessment.accesses}
-    rows = [
-        (access["what"], *(("covered by the claim", "good") if access["accounted"] else ("not accounted", "bad")))
-        for access in card["data_accesses"]
-        if access["what"] not in measured
-    ]
-    tuning = card["hyperparameter_tuning"]
-    covered = {"none": ("no private data", "none"), "public": ("no private data", "none")}.get(tuning["data"])
-    rows.append((f"choice of hyper-parameters: {tuning['statement']}", *(covered or ("not accounted", "bad"))))
+    rows = []
+    if card is None:
+        rows.append(("training, on public images only", "no private data", "none"))
+    else:
+        measured = {access["what"] for access in assessment.accesses}
+        rows += [
+            (access["what"], *(("covered by the claim", "good") if access["accounted"] else ("not accounted", "bad")))
+            for access in card["data_accesses"]
+            if access["what"] not in measured
+        ]
+        tuning = card["hyperparameter_tuning"]
+        covered = {"none": ("no private data", "none"), "public": ("no private data", "none")}.get(tuning["data"])
+        rows.append((f"choice of hyper-parameters: {tuning['statement']}", *(covered or ("not accounted", "bad"))))
     for access in assessment.accesses:
         if not access["private"]:
             rows.append((access["what"], "no private data", "none"))
