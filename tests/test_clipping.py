@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from hf_spectral_dp.privacy import book as book_module
 from hf_spectral_dp.privacy.book import Book
 from hf_spectral_dp.privacy.clipping import PerExampleClipper
 
@@ -458,24 +459,20 @@ def test_dropout_inside_the_fallback_is_refused():
         clipper.add(lambda: model[1](x, x, x)[0].square().flatten(1).sum(1), 3)
 
 
-@pytest.mark.parametrize("length", [63, 64, 256])
-def test_blocks_of_a_symmetric_matrix_give_its_whole_norm(length):
-    torch.manual_seed(0)
-    book, weight = Book(3), nn.Parameter(torch.zeros(2000, 2000))
-    a, g = torch.randn(3, length, 2000), torch.randn(3, length, 2000)
-    assert not book.instantiates(a, g)
-    book.note_affine(weight, a, g)
-    expected = torch.bmm(g.double().transpose(1, 2), a.double()).flatten(1).norm(dim=1)
-    torch.testing.assert_close(book.norms(), expected, rtol=1e-6, atol=0)
+@pytest.mark.parametrize("name", ["llama", "llama tied", "lora"])
+@pytest.mark.parametrize("size", [1, 1 << 13])  # one example in a piece; a few
+def test_gradients_in_pieces_equal_those_in_one(name, size, monkeypatch):
+    model, ids = MODELS[name](), token_rows(7, 40)
+    clipper = PerExampleClipper(model, 0.3)
 
+    def losses():
+        values = losses_of(model, ids)
+        return values * torch.tensor([1, 1, 1, float("nan"), 1, 1, 1])
 
-@pytest.mark.parametrize("lengths", [(4, 300), (300, 4)])
-def test_a_weight_used_at_lengths_that_ask_for_different_forms(lengths):
-    torch.manual_seed(0)
-    book, weight = Book(2, memory_budget=1e9), nn.Parameter(torch.zeros(8, 8))
-    uses = [(torch.randn(2, T, 8), torch.randn(2, T, 8)) for T in lengths]
-    for a, g in uses:
-        book.note_affine(weight, a, g)
-    expected = sum(torch.bmm(g.double().transpose(1, 2), a.double()) for a, g in uses).flatten(1).norm(dim=1)
-    ratios = book.norms() / expected  # never too small; where 300 random positions cancel, increased within the slack
-    assert 1 - 1e-6 < float(ratios.min()) <= float(ratios.max()) < 1 + 1e-5
+    clipper.add(losses, 7)
+    whole = clipper.take()
+    monkeypatch.setattr(book_module, "_PIECE", size)
+    clipper.add(losses, 7)
+    clipper.add(losses, 7)
+    assert relative_error(clipper.take(), {key: 2 * value for key, value in whole.items()}) < 1e-6
+    assert all(value.isfinite().all() for value in whole.values())

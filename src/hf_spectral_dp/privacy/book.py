@@ -7,17 +7,21 @@ gradient itself is cheaper than the T x T matrices it is made at once instead ("
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-# What keeping one float of an instantiated gradient costs, in floating-point operations: its memory is claimed, it is
-# written, read for its norm and read again for the sum. Measured on CPUs, where fresh pages cost the most: 150 to 250.
-# A GPU in half precision: 12 bytes at 3 TB/s against 800 TFLOP/s.
-_FLOPS_PER_FLOAT = {"cpu": 200}
-_FLOPS_PER_FLOAT_ELSEWHERE = 2000
+# What one float of an instantiated gradient costs, in floating-point operations: to write it, read it for its norm and
+# read it again for the sum; and, for floats beyond those that the pairs would have kept, to claim fresh memory. On CPUs
+# fresh pages cost the most: 150 to 250 together. A GPU in half precision: 12 bytes at 3 TB/s against 800 TFLOP/s.
+_FLOPS_PER_FLOAT = {"cpu": (50, 150)}
+_FLOPS_PER_FLOAT_ELSEWHERE = (2000, 0)
+
+# Bytes of instantiated gradients in one piece. Small pieces fit where activations have been freed; for large ones the
+# process would grow. And the norms of a small piece are taken while it is in the cache.
+_PIECE = 1 << 20
 
 # Relative rounding that the sensitivity allows for: half of it for the norms, half for the weighted sum.
 SLACK = 1e-5
@@ -45,12 +49,13 @@ class Book:
         self.stands_for: dict[nn.Parameter, nn.Parameter] = {}  # gathered parameters of a sharded model
         self._tied = tied
         self._left = memory_budget
-        self._dense: dict[nn.Parameter, Tensor] = {}  # (B, *shape): gradients themselves
+        self._dense: dict[nn.Parameter, list[Tensor]] = {}  # gradients themselves, in pieces of some examples each
+        self._row_norms: dict[nn.Parameter, Tensor] = {}  # (B, m), norms of the rows of those
         self._affine: dict[nn.Parameter, list[tuple[tuple, Tensor]]] = {}  # key of a (B, T, d), and g (B, T, p)
         self._lookups: dict[nn.Parameter, list[tuple[Tensor, Tensor]]] = {}  # ids (B, T), g (B, T, d)
         self._summed: dict[nn.Parameter, tuple[Tensor, Tensor, Tensor]] = {}
         self._inputs: dict[tuple, Tensor] = {}  # query, key and value projections share their input: it counts once
-        self._open: tuple[tuple, list[Tensor]] | None = None  # key of an input, sum of g g^T over its uses so far
+        self._open: dict[tuple, list[Tensor]] = {}  # by key of an input, sum of g g^T over its uses so far
         # (B,) each, to be counted twice and once: what squared norms are made of, and of which sizes that was added up
         self._squares: tuple[list[Tensor], list[Tensor]] = ([], [])
         self._sizes: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -69,63 +74,65 @@ class Book:
             " gradients need the first dimension to be the example. Keep examples apart, or freeze this module."
         )
 
-    def note_affine(self, weight: nn.Parameter, inputs: Tensor, gradients: Tensor, transposed: bool = False) -> None:
+    def note_affine(
+        self, weight: nn.Parameter, inputs: Tensor, gradients: Tensor, transposed: bool = False, last: bool = True
+    ) -> None:
         """One use of a weight (p, d), or (d, p) if `transposed`, on inputs (B, ..., d) with output gradients.
 
         The weight of a convolution, (p, channels, height, width), counts as (p, d) with d = channels height width.
+        `last` says that no other use of these inputs is to come; if one does, the norm takes longer and is the same.
         """
         weight = self.stands_for.get(weight, weight)
         a, g = (x.reshape(self.batch_size, -1, x.shape[-1]) for x in (inputs, gradients))
         if transposed:  # y = a W: the gradient is a^T g, the same sum with the roles exchanged
             a, g = g, a
         # All uses of one weight keep one form: between two forms the cross terms of its norm would be missing.
-        pairs = weight in self._tied or weight in self._affine
-        if not pairs and (weight in self._dense or self.instantiates(a, g)):
+        if weight not in self._affine and (weight in self._dense or self.instantiates(a, g, weight in self._tied)):
             self._add_dense(weight, _instantiated(precise(a), precise(g)))
         else:
             # What is noted is alive, so the same place in memory is the same tensor.
             key = (a.data_ptr(), a.shape, a.stride(), a.dtype)
             self._inputs.setdefault(key, a)
             self._affine.setdefault(weight, []).append((key, g))
-            if self._open is None or self._open[0] != key:
-                self._close()
-                self._open = key, []
-            _add_gram(self._open[1], g)  # now, while g is in the cache
+            _add_gram(self._open.setdefault(key, []), g)  # now, while g is in the cache
+            if last:
+                self._close(key)
 
-    def instantiates(self, a: Tensor, g: Tensor) -> bool:
+    def instantiates(self, a: Tensor, g: Tensor, tied: bool = False) -> bool:
         """Whether to keep per-example gradients (B, p, d) instead of the pairs a (B, T, d), g (B, T, p).
 
         The rule. Time: the ghost norm costs 2 T^2 (p + d) operations more than ordinary training, the instantiated
-        gradient costs no operation more but moves p d floats to memory and back; the cheaper is taken. Memory: an
-        instantiated gradient may be larger than the pairs, p d against T (p + d) numbers, as long as the excess fits
-        in what is left of the memory budget of this pass; the layers nearest to the loss are served first.
+        gradient costs no operation more but moves p d floats to memory and back, and claims memory for what exceeds
+        the T (p + d) floats of the pairs; the cheaper is taken. A weight that is `tied` to an embedding costs
+        2 T^2 min(p, d) more as a ghost, for the cross term. Memory: an instantiated gradient may be larger than the
+        pairs as long as the excess fits in what is left of the memory budget of this pass; the layers nearest to the
+        loss are served first.
         """
         (batch, T, d), p = a.shape, g.shape[-1]
-        if _FLOPS_PER_FLOAT.get(a.device.type, _FLOPS_PER_FLOAT_ELSEWHERE) * p * d > 2 * T * T * (p + d):
+        ghost = 2 * T * T * (p + d + tied * min(p, d))
+        excess = max(0, p * d - T * (p + d))
+        moved, claimed = _FLOPS_PER_FLOAT.get(a.device.type, _FLOPS_PER_FLOAT_ELSEWHERE)
+        if moved * p * d + claimed * excess > ghost or 4 * batch * excess > self._left:
             return False
-        excess = 4 * batch * max(0, p * d - T * (p + d))
-        if excess > self._left:
-            return False
-        self._left -= excess
+        self._left -= 4 * batch * excess
         return True
 
     def note_dense(self, parameter: nn.Parameter, gradients: Tensor) -> None:
         """Gradients (B, ..., *shape) at each position of a parameter of that shape."""
         parameter = self.stands_for.get(parameter, parameter)
         middle = gradients.ndim - 1 - parameter.ndim
-        self._add_dense(parameter, precise(gradients).flatten(1, middle).sum(1) if middle > 0 else precise(gradients))
+        each = precise(gradients).flatten(1, middle).sum(1) if middle > 0 else precise(gradients)
+        self._add_dense(parameter, [each])
 
     def note_lookup(self, table: nn.Parameter, ids: Tensor, gradients: Tensor) -> None:
         """One use of an embedding table: ids (B, T) and the gradients (B, T, d) of what was looked up."""
         self._lookups.setdefault(self.stands_for.get(table, table), []).append((ids, gradients))
 
-    def _close(self) -> None:
+    def _close(self, key: tuple) -> None:
         """Adds the ghost norm of the uses of one input."""
-        if self._open is not None:
-            (key, outer), self._open = self._open, None
-            inner: list[Tensor] = []
-            _add_gram(inner, self._inputs[key])
-            self._add_product_sums(outer, inner)
+        inner: list[Tensor] = []
+        _add_gram(inner, self._inputs[key])
+        self._add_product_sums(self._open.pop(key), inner)
 
     def _add_product_sums(self, first: list[Tensor], second: list[Tensor]) -> None:
         """Adds the inner product of two symmetric matrices, in blocks as `_add_gram` makes them; overwrites `first`."""
@@ -136,10 +143,27 @@ class Book:
             self._squares[once].append(products.sum(1))
             self._sizes[once].append(products.abs_().sum(1))
 
-    def _add_dense(self, parameter: nn.Parameter, gradients: Tensor) -> None:
-        if parameter in self._dense:
-            gradients = self._dense[parameter] + gradients
-        self._dense[parameter] = gradients
+    def _add_dense(self, parameter: nn.Parameter, pieces: Iterable[Tensor]) -> None:
+        """Gradients (n, *shape) of some examples each, in order; all uses of a parameter are cut alike."""
+        before, now, norms = self._dense.get(parameter), [], []
+        for index, piece in enumerate(pieces):
+            now.append(before[index] + piece if before else piece)
+            norms.append(_row_norms(now[-1]))
+        self._dense[parameter] = now
+        self._row_norms[parameter] = torch.cat(norms) if len(norms) > 1 else norms[0]
+
+    def _add_lookups_to_dense(self, table: nn.Parameter) -> None:
+        """A table that is also a weight of which the gradients are instantiated: what was looked up is added there."""
+        uses, pieces, first = self._lookups.pop(table), self._dense[table], 0
+        for piece in pieces:
+            these = slice(first, first + len(piece))
+            first += len(piece)
+            rows = len(table) * torch.arange(len(piece), device=piece.device)[:, None]
+            for ids, g in uses:
+                piece.view(-1, piece.shape[-1]).index_add_(
+                    0, (ids[these] + rows).flatten(), g[these].flatten(0, 1).to(piece.dtype)
+                )
+        self._row_norms[table] = torch.cat([_row_norms(piece) for piece in pieces])
 
     # -- after it ------------------------------------------------------------------------------------------------
 
@@ -151,10 +175,12 @@ class Book:
         slack, it is increased by that rounding. Squares are added in float64: a sum of millions of float32 is not
         exact to a millionth.
         """
-        self._close()
+        for key in list(self._open):
+            self._close(key)
+        for table in [table for table in self._lookups if table in self._dense]:
+            self._add_lookups_to_dense(table)
         if self._dense:
-            rows = torch.cat([_row_norms(each) for each in self._dense.values()], 1)
-            self._squares[1].append(rows.double().square().sum(1))
+            self._squares[1].append(torch.cat(list(self._row_norms.values()), 1).double().square().sum(1))
         for uses in self._affine.values():
             for (first, g), (second, h) in itertools.combinations(uses, 2):  # several uses of one weight
                 a, b = precise(self._inputs[first]), precise(self._inputs[second])
@@ -178,6 +204,8 @@ class Book:
     ) -> None:
         """Adds, for every noted parameter, the sum over examples of coefficient times gradient to `sums`.
 
+        Gradients that were kept themselves are given up with that, so that the sums take their place in memory.
+
         Args:
             coefficients: (B,), >= 0. An example with coefficient 0 contributes exactly zero, whatever its gradient.
             sums: by parameter, at least float32; entries that are missing are made.
@@ -186,23 +214,21 @@ class Book:
         bad = coefficients == 0
         some_bad = bool(bad.any())
 
-        def cleaned(tensor: Tensor) -> Tensor:
+        def cleaned(tensor: Tensor, bad: Tensor = bad) -> Tensor:
             """Zero times NaN is NaN: what counts zero must be zero."""
             return tensor.masked_fill(bad.view(-1, *[1] * (tensor.ndim - 1)), 0) if some_bad else tensor
 
         def asked(parameter: nn.Parameter) -> bool:
             return only is None or parameter is only
 
-        for parameter, gradients in self._dense.items():
-            if not asked(parameter):
-                continue
-            stored, turned = _stored(gradients)
-            total = coefficients.to(stored.dtype) @ cleaned(stored).flatten(1)
-            total = (total.view(stored.shape[1:]).T if turned else total).reshape(parameter.shape)
-            if parameter in sums:
-                sums[parameter] += total
-            else:
-                sums[parameter] = total.contiguous()
+        for parameter in list(filter(asked, self._dense)):
+            pieces = self._dense.pop(parameter)
+            for piece, each in zip(pieces, coefficients.split([len(piece) for piece in pieces]), strict=True):
+                rows, each = cleaned(piece, each == 0).flatten(1), each.to(piece.dtype)
+                if parameter in sums:
+                    sums[parameter].view(-1).addmv_(rows.T, each)
+                else:
+                    sums[parameter] = (each @ rows).view(parameter.shape)
         weighted = _Weighted(coefficients, cleaned)
         for weight, uses in self._affine.items():
             for key, g in uses if asked(weight) else ():
@@ -279,23 +305,16 @@ class _Weighted:
         return self._last
 
 
-def _instantiated(a: Tensor, g: Tensor) -> Tensor:
-    """(B, p, d) gradients of a (B, T, d) and g (B, T, p). Batched products are quick with the small side first."""
-    if g.shape[2] > a.shape[2]:
-        return torch.bmm(a.transpose(1, 2), g).transpose(1, 2)
-    return torch.bmm(g.transpose(1, 2), a)
-
-
-def _stored(gradients: Tensor) -> tuple[Tensor, bool]:
-    """Gradients as they lie in memory, and whether rows and columns are exchanged there."""
-    turned = gradients.ndim == 3 and not gradients.is_contiguous()
-    return (gradients.transpose(1, 2) if turned else gradients), turned
+def _instantiated(a: Tensor, g: Tensor) -> Iterator[Tensor]:
+    """(n, p, d) gradients of a (B, T, d) and g (B, T, p), of as many examples at a time as one piece may hold."""
+    n = max(1, _PIECE // (a.shape[2] * g.shape[2] * a.element_size()))
+    for some_a, some_g in zip(a.split(n), g.split(n), strict=True):
+        yield torch.bmm(some_g.transpose(1, 2), some_a)
 
 
 def _row_norms(gradients: Tensor) -> Tensor:
     """(B, m) norms of the rows of gradients (B, *shape). Short sums in float32 are exact enough, long ones are not."""
-    stored, _ = _stored(gradients)
-    rows = stored.reshape(len(stored), -1, stored.shape[-1] if stored.ndim > 1 else 1)
+    rows = gradients.reshape(len(gradients), -1, gradients.shape[-1] if gradients.ndim > 1 else 1)
     return torch.linalg.vector_norm(rows, dim=2)
 
 

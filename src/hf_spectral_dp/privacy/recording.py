@@ -31,7 +31,8 @@ class _Readers:
     """
 
     def __init__(self) -> None:
-        self.waiting = 0
+        self.waiting = 0  # for gradients to send back
+        self.noting = 0  # uses that the book has not seen
         self.gradient: Tensor | None = None
 
     def send_back(self, g: Tensor, weight: Tensor, book: Book) -> Tensor | None:
@@ -67,8 +68,9 @@ class _Affine(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         module, book = ctx.module, ctx.book
         if module.weight.requires_grad:
+            ctx.readers.noting -= 1
             # Detached: a noted input would keep the graph alive, whose nodes keep the book, which keeps the notes.
-            book.note_affine(module.weight, x.detach(), g, ctx.transposed)
+            book.note_affine(module.weight, x.detach(), g, ctx.transposed, last=not ctx.readers.noting)
         if module.bias is not None and module.bias.requires_grad:
             book.note_dense(module.bias, g)
         inner = None
@@ -252,6 +254,7 @@ def _affine(module: Any, book: Book, name: str) -> Callable[..., Tensor]:
             book.last_read = x, book.rows(x, name).to(dtype), _Readers()
         _, inputs, readers = book.last_read
         readers.waiting += inputs.requires_grad
+        readers.noting += module.weight.requires_grad
         return _Affine.apply(inputs, weight, bias, module, book, readers)
 
     return forward

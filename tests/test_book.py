@@ -1,0 +1,51 @@
+"""Norms from pairs of inputs and output gradients, against the gradients themselves; and which of both is kept."""
+
+import pytest
+import torch
+from torch import nn
+
+from hf_spectral_dp.privacy.book import Book
+
+
+@pytest.mark.parametrize("length", [63, 64, 256])
+def test_blocks_of_a_symmetric_matrix_give_its_whole_norm(length):
+    torch.manual_seed(0)
+    book, weight = Book(3), nn.Parameter(torch.zeros(2000, 2000))
+    a, g = torch.randn(3, length, 2000), torch.randn(3, length, 2000)
+    assert not book.instantiates(a, g)
+    book.note_affine(weight, a, g)
+    expected = torch.bmm(g.double().transpose(1, 2), a.double()).flatten(1).norm(dim=1)
+    torch.testing.assert_close(book.norms(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("lengths", [(4, 300), (300, 4)])
+def test_a_weight_used_at_lengths_that_ask_for_different_forms(lengths):
+    torch.manual_seed(0)
+    book, weight = Book(2, memory_budget=1e9), nn.Parameter(torch.zeros(8, 8))
+    uses = [(torch.randn(2, T, 8), torch.randn(2, T, 8)) for T in lengths]
+    for a, g in uses:
+        book.note_affine(weight, a, g)
+    expected = sum(torch.bmm(g.double().transpose(1, 2), a.double()) for a, g in uses).flatten(1).norm(dim=1)
+    ratios = book.norms() / expected  # never too small; where 300 random positions cancel, increased within the slack
+    assert 1 - 1e-6 < float(ratios.min()) <= float(ratios.max()) < 1 + 1e-5
+
+
+@pytest.mark.parametrize("order", ["first first", "one by one", "first after last"])
+def test_layers_that_share_an_input_in_any_order(order):
+    """Adapters read what their neighbours read, with other layers in between."""
+    torch.manual_seed(0)
+    book, weights = Book(3), [nn.Parameter(torch.zeros(300, 300)) for _ in range(4)]
+    a, b = torch.randn(3, 5, 300), torch.randn(3, 5, 300)
+    uses = [(weight, x, torch.randn(3, 5, 300)) for weight, x in zip(weights, (a, b, a, b), strict=True)]
+    for index, (weight, x, g) in enumerate(uses):
+        assert not book.instantiates(x, g)
+        last = {"first first": index > 1, "one by one": True, "first after last": index < 2}[order]
+        book.note_affine(weight, x, g, last=last)
+    each = [torch.bmm(g.double().transpose(1, 2), x.double()).flatten(1) for _, x, g in uses]
+    torch.testing.assert_close(book.norms(), torch.cat(each, 1).norm(dim=1), rtol=1e-6, atol=0)
+
+
+def test_the_head_of_a_tied_model_is_instantiated_where_that_is_cheaper():
+    a, g = torch.randn(2, 40, 16), torch.randn(2, 40, 19)
+    assert Book(2).instantiates(a, g, tied=True)
+    assert not Book(2).instantiates(a[:, :4], g[:, :4], tied=True)
