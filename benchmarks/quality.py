@@ -222,7 +222,9 @@ def compare(
             save_grid(drawn[0], images, grids / f"quality_{name}_{method}_{epsilon:g}.png")
 
 
-def measured(folder: Path, name: str, title: str, data: Path, grids: Path | None) -> Iterator[dict[str, Any]]:
+def measured(
+    folder: Path, name: str, title: str, attempts: int, data: Path, grids: Path | None
+) -> Iterator[dict[str, Any]]:
     """The rows of a trained pipeline."""
     images, size = IMAGE_SETS[name], SIZES[title]
     report = PrivacyCard.load(folder).report
@@ -232,7 +234,7 @@ def measured(folder: Path, name: str, title: str, data: Path, grids: Path | None
     start = time.perf_counter()
     drawn = pipeline(
         class_labels=list(range(images.classes)), num_images=size.each, generator=torch.Generator().manual_seed(0),
-        output_type="pt", batch_size=500,
+        output_type="pt", batch_size=500, attempts=attempts,
     ).images  # fmt: skip
     seconds = time.perf_counter() - start
     labels = torch.arange(images.classes).repeat_interleave(size.each)
@@ -247,6 +249,7 @@ def measured(folder: Path, name: str, title: str, data: Path, grids: Path | None
         "batch": report["sampling"]["expected_batch_size"],
         "private": report["adjacency"]["num_units"],
         "trainable_parameters": training["trainable_parameters"],
+        "attempts": attempts,
     }
     rate = len(labels) / seconds
     yield shared | {"metric": "images per second", "value": rate, "low": None, "high": None, "n": len(labels)}
@@ -267,6 +270,7 @@ def main() -> None:
     parser.add_argument("--size", choices=tuple(SIZES), default="small")
     parser.add_argument("--quick", action="store_true", help="the same as --size quick")
     parser.add_argument("--pipeline", type=Path, help="measure this trained pipeline only")
+    parser.add_argument("--attempts", type=int, default=1, help="of the pipeline, to draw what it takes for its class")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="one folder per image set")
     parser.add_argument("--out", type=Path, help="JSON file; sample grids are put beside it")
     arguments = parser.parse_args()
@@ -275,8 +279,8 @@ def main() -> None:
     grids = arguments.out.parent if arguments.out and size != "quick" else None
     command = f"python -m benchmarks.quality --dataset {arguments.dataset} --size {size}"
     if arguments.pipeline:
-        rows = measured(arguments.pipeline, arguments.dataset, size, arguments.data, grids)
-        command += f" --pipeline {arguments.pipeline}"
+        rows = measured(arguments.pipeline, arguments.dataset, size, arguments.attempts, arguments.data, grids)
+        command += f" --pipeline {arguments.pipeline} --attempts {arguments.attempts}"
     else:
         rows = compare(arguments.dataset, arguments.methods, arguments.epsilon, size, arguments.data, grids)
         command += f" --epsilon {' '.join(f'{epsilon:g}' for epsilon in arguments.epsilon)}"
