@@ -17,13 +17,20 @@ Epsilon inf is (c), the non-private twin of each. Nothing is chosen on test imag
 epsilon inf are facts about private images that no guarantee covers.
 
 The sizes say how much is trained, and every row repeats it: "quick" shows that all of it runs; "small" gives every
-method the same number of private examples, for a quarter of an hour of one core; "medium" takes a night of it, and
-"full" is for a GPU. Ours starts from the bundled public model where there is one; the others are trained on public
-images in the run, as the row says.
+method the same number of private examples, for a quarter of an hour of one core; "photos" is the like for colour
+images, an hour of it; "medium" takes a night, and "full" is for a GPU. Ours starts from the bundled public model where
+there is one; the others are trained on public images in the run, as the row says.
 
     python -m benchmarks.quality --dataset mnist --size medium --pipeline runs/mnist/pipeline
 
 measures instead, as "ours", a pipeline that examples/train.py made, at the epsilon that its card states.
+
+    python -m benchmarks.quality --dataset faces --size photos --codec runs/codec-photos \
+        --super_resolution runs/sr-photos --keep runs/public --out faces.json
+
+For colour images codec and super-resolution come from folders that examples/pretrain_codec.py and
+examples/train_super_resolution.py made of public photos. Then "ours" takes that codec, and every method ends with that
+network: pixels and diffusion from their own side, raster tokens from averages of the side that ours has.
 """
 
 import argparse
@@ -31,7 +38,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -68,7 +75,8 @@ class Size:
         private, test, public: images. each: images generated per class.
         public_steps: of 64 public images each, for every model that is not bundled.
         steps, batch: of DP training. twin_steps: of 64 private images each, at epsilon inf.
-        classifier_steps, seeds: of each of the three architectures, on images averaged over blocks of side `block`.
+        classifier_steps, seeds: of each of the three architectures, on images averaged over blocks of side `block`;
+            no steps, no classifiers.
         compared: images for distances.
         widths, denoising_steps: of the diffusion model.
     """
@@ -92,6 +100,7 @@ class Size:
 SIZES = {
     "quick": Size(600, 300, 600, 20, 8, 4, 64, 8, 6, 1, 2, 100, (16, 32), 4),
     "small": Size(20000, 3000, 4000, 100, 250, 24, 512, 250, 150, 1, 2, 1000, (16, 32), 20),
+    "photos": Size(20000, 1500, 15000, 500, 400, 24, 768, 300, 0, 1, 2, 1000, (16, 32), 20),
     "medium": Size(60000, 10000, 20000, 2000, 3000, 150, 2000, 4000, 1000, 1, 1, 2000, (32, 64), 20),
     "full": Size(60000, 10000, 60000, 2000, 8000, 400, 4096, 20000, 2000, 3, 1, 10000, (64, 128), 50),
 }
@@ -105,6 +114,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "pixels": {"optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 0.25, "ema_decay": 0.9},
     "diffusion": {"optim": "adamw_torch", "learning_rate": 1e-3, "ema_decay": 0.9, "clipping_norm": 0.05},
 }
+
+
+def photo_settings(method: str, epsilon: float) -> dict[str, Any]:
+    """What differs for colour images and few steps: faster averages, and steps of token models that fit the noise.
+
+    The rates of ours were compared on public photos of cats and dogs; the other token models have the same transformer
+    and the same loss, and share them.
+    """
+    rate = {"learning_rate": 0.15 if epsilon < 4 else 0.6} if method != "diffusion" else {}
+    return {"ema_decay": 0.8} | rate
 
 
 def upscaler(network: Any, size: int, coarse: Tensor) -> Tensor:
@@ -121,7 +140,18 @@ def configuration(images: ImageSet, **fields: Any) -> SpectralConfig:
     )  # fmt: skip
 
 
-def public_generator(method: str, name: str, images: ImageSet, public: Labelled, size: Size) -> tuple[Generator, Cost]:
+@dataclass(frozen=True)
+class Folders:
+    """Where public models lie: the codec of ours, a super-resolution network, and those that this benchmark trains."""
+
+    codec: Path | None = None
+    super_resolution: Path | None = None
+    keep: Path | None = None
+
+
+def public_generator(
+    method: str, name: str, images: ImageSet, public: Labelled, size: Size, folders: Folders
+) -> tuple[Generator, Cost]:
     """A generator that knows public images only, and what its public training took (nothing if it is bundled)."""
     torch.manual_seed(0)
     pixels, labels = public
@@ -131,19 +161,25 @@ def public_generator(method: str, name: str, images: ImageSet, public: Labelled,
         model = AutoModelForCausalLM.from_pretrained(CHECKPOINTS / "digits-fine")
         network = AutoModelForImageToImage.from_pretrained(CHECKPOINTS / "digits-fine-super-resolution")
         return TokenGenerator(model, partial(upscaler, network, side)), Cost(0.0, 0.0)
-    network = AutoModelForImageToImage.from_pretrained(CHECKPOINTS / "digits-super-resolution") if bundled else None
+    known = CHECKPOINTS / "digits-super-resolution" if bundled else folders.super_resolution
+    network = None if known is None else AutoModelForImageToImage.from_pretrained(known).eval()
     enlarged = partial(upscaler, network, side)
     generator: Generator
     if method == "diffusion":
         generator = DiffusionGenerator(
             images.channels, side, min(16, side // 2), images.classes, enlarged, size.denoising_steps, size.widths
         )
+    elif method == "ours" and folders.codec is not None:
+        generator = TokenGenerator(AutoModelForCausalLM.from_pretrained(folders.codec), enlarged)
     else:
         codes = min(256, len(pixels) // 4)
         pixel_codes = 32 if images.channels == 1 else codes
         fields: dict[str, dict[str, Any]] = {
             "ours": {"image_size": side, "levels": 3, "patch_sizes": [2] * 3, "codebook_sizes": [codes] * 3},
-            "raster": {"image_size": 2 * side, "levels": 1, "patch_sizes": [4], "codebook_sizes": [codes]},
+            "raster": {
+                "image_size": 2 * side, "levels": 1, "patch_sizes": [4 if images.channels == 1 else 8],
+                "codebook_sizes": [codes],
+            },
             "pixels": {
                 "image_size": side, "levels": (side // 8).bit_length() - 1, "patch_sizes": [1],
                 "codebook_sizes": [pixel_codes],
@@ -151,9 +187,21 @@ def public_generator(method: str, name: str, images: ImageSet, public: Labelled,
         }  # fmt: skip
         config, enlarge = configuration(images, **fields[method]), 2 if method == "raster" else 1
         generator = TokenGenerator.from_public_images(config, pixels, enlarged, enlarge)
-    cost = train_publicly(generator, generator.rows(pixels, labels), size.public_steps, hide=0.1)
+        if method == "raster" and folders.super_resolution is not None:
+            generator.upscaler = lambda drawn: enlarged(torch.nn.functional.avg_pool2d(drawn, 4))
+    kept = folders.keep / f"{name}_{method}_{size.public_steps}.pt" if folders.keep is not None else None
+    if kept is not None and kept.exists():
+        state, *figures = torch.load(kept, weights_only=True)
+        generator.model.load_state_dict(state)
+        return generator, Cost(*figures)
+    # On small images a row of the diffusion model costs 1.7 times what one of ours does: equal operations for all.
+    steps = 3 * size.public_steps // 5 if size is SIZES["photos"] and method == "diffusion" else size.public_steps
+    cost = train_publicly(generator, generator.rows(pixels, labels), steps, hide=0.1)
     if int(labels.max()) < 0:
         generator.name_classes()
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        torch.save([generator.model.state_dict(), cost.seconds, cost.flops], kept)
     return generator, cost
 
 
@@ -165,6 +213,7 @@ def sources(
     images: ImageSet,
     private: Labelled,
     public: Labelled,
+    folders: Folders,
 ) -> Iterator[tuple[str, float, Callable[[Tensor, torch.Generator], Tensor] | Labelled, Cost, Cost]]:
     """Every method at every epsilon: name, epsilon, images or what draws them, costs of public and DP training."""
     free = Cost(0.0, 0.0)
@@ -174,7 +223,7 @@ def sources(
     for method in TRAINED:
         if method not in methods and not (method == "ours" and {"floor", "ceiling"} & set(methods)):
             continue
-        base, before = public_generator(method, name, images, public, size)
+        base, before = public_generator(method, name, images, public, size, folders)
         rows = base.rows(*private)
         if method == "ours" and "ceiling" in methods:
             some = rows[: images.classes * size.each]
@@ -187,20 +236,31 @@ def sources(
                 cost = train_publicly(generator, rows, size.twin_steps, learning_rate=1e-3)
             else:
                 batch = {"max_steps": size.steps, "expected_batch_size": size.batch, "micro_batch_size": 256}
-                cost = train_privately(generator, rows, epsilon, DELTA, **batch, **SETTINGS[method])
+                settings = SETTINGS[method] | (photo_settings(method, epsilon) if images.channels == 3 else {})
+                cost = train_privately(generator, rows, epsilon, DELTA, **batch, **settings)
             yield method, epsilon, generator.sample, before, cost
 
 
 def compare(
-    name: str, methods: list[str], epsilons: list[float], title: str, data: Path, grids: Path | None
+    name: str,
+    methods: list[str],
+    epsilons: list[float],
+    title: str,
+    data: Path,
+    grids: Path | None,
+    folders: Folders,
+    steps: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     """The rows of the benchmark."""
     images, size = IMAGE_SETS[name], SIZES[title]
+    size = size if steps is None else replace(size, steps=steps)
     private = private_images(images, data, "train", size.private)
     test = private_images(images, data, images.test_split, size.test)
     public = public_images(images, data, size.public)
     labels = torch.arange(images.classes).repeat(size.each)
-    for method, epsilon, source, before, cost in sources(name, methods, epsilons, size, images, private, public):
+    for method, epsilon, source, before, cost in sources(
+        name, methods, epsilons, size, images, private, public, folders
+    ):
         start = time.perf_counter()
         drawn = (source(labels, torch.Generator().manual_seed(0)), labels) if callable(source) else source
         seconds = time.perf_counter() - start
@@ -211,6 +271,7 @@ def compare(
             "seconds": round(cost.seconds, 1),
             "flops": cost.flops,
             "public_seconds": round(before.seconds, 1),
+            "public_flops": before.flops,
             "epsilon_spent": cost.epsilon,
         }
         if callable(source):
@@ -268,9 +329,13 @@ def main() -> None:
     parser.add_argument("--epsilon", type=float, nargs="+", default=[1.0, 10.0, math.inf], help="inf: without privacy")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--size", choices=tuple(SIZES), default="small")
+    parser.add_argument("--steps", type=int, help="of DP training, instead of the size's: what little training gives")
     parser.add_argument("--quick", action="store_true", help="the same as --size quick")
     parser.add_argument("--pipeline", type=Path, help="measure this trained pipeline only")
     parser.add_argument("--attempts", type=int, default=1, help="of the pipeline, to draw what it takes for its class")
+    parser.add_argument("--codec", type=Path, help="colour: folder of the public codec of ours")
+    parser.add_argument("--super_resolution", type=Path, help="colour: folder of the public network that all end with")
+    parser.add_argument("--keep", type=Path, help="folder where public models are kept, and found by a later run")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="one folder per image set")
     parser.add_argument("--out", type=Path, help="JSON file; sample grids are put beside it")
     arguments = parser.parse_args()
@@ -280,10 +345,18 @@ def main() -> None:
     command = f"python -m benchmarks.quality --dataset {arguments.dataset} --size {size}"
     if arguments.pipeline:
         rows = measured(arguments.pipeline, arguments.dataset, size, arguments.attempts, arguments.data, grids)
-        command += f" --pipeline {arguments.pipeline} --attempts {arguments.attempts}"
+        command += f" --pipeline {arguments.pipeline}"
+        command += f" --attempts {arguments.attempts}" if arguments.attempts > 1 else ""
     else:
-        rows = compare(arguments.dataset, arguments.methods, arguments.epsilon, size, arguments.data, grids)
+        folders = Folders(arguments.codec, arguments.super_resolution, arguments.keep)
+        rows = compare(
+            arguments.dataset, arguments.methods, arguments.epsilon, size, arguments.data, grids, folders,
+            arguments.steps,
+        )  # fmt: skip
         command += f" --epsilon {' '.join(f'{epsilon:g}' for epsilon in arguments.epsilon)}"
+        for name in ("codec", "super_resolution", "keep", "steps"):
+            if getattr(arguments, name) is not None:
+                command += f" --{name} {getattr(arguments, name)}"
         if len(arguments.methods) < len(METHODS):
             command += f" --methods {' '.join(arguments.methods)}"
     write_report(command, list(rows), arguments.out)

@@ -24,8 +24,23 @@ def figures(
 
     Accuracy is that of classifiers trained on the images and tested on the real ones: per architecture, and their mean
     with the spread over architectures and seeds. Intervals are of 95 % for other test images. Distances compare equal
-    numbers of images, at most `compared`. Classifiers see averages over blocks of side `block`.
+    numbers of images, at most `compared`. Classifiers see averages over blocks of side `block`; `steps` 0 leaves them
+    out.
     """
+    if steps:
+        yield from _accuracies(images, test, kind, steps, seeds, block)
+    drawn, real = images[0], test[0]
+    count = min(len(drawn), len(real), compared)
+    order = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(0))[:count]
+    for row in evaluate_images(real[:count].clamp(-1, 1), drawn[order].clamp(-1, 1), resamples=100):
+        note = {"note": row["note"]} if row["note"] else {}
+        figures_ = (row["value"], row["low"], row["high"], row["n"])
+        yield _row(row["metric"], *figures_) | {"floor": row["floor"], "extractor": row["extractor"]} | note
+
+
+def _accuracies(
+    images: Labelled, test: Labelled, kind: ImageSet, steps: int, seeds: int, block: int
+) -> Iterator[dict[str, Any]]:
     drawn, labels = images
     real, real_labels = test
     smaller = [F.avg_pool2d(_bare(some, kind), block) for some in (drawn, real)]
@@ -36,12 +51,6 @@ def figures(
     mean, n = fmean(accuracies), len(real)
     low, high = rate_bounds(mean * n, n, 0.025)
     yield _row("accuracy", mean, low, high, n) | {"spread": stdev(accuracies)}
-    count = min(len(drawn), len(real), compared)
-    order = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(0))[:count]
-    for row in evaluate_images(real[:count].clamp(-1, 1), drawn[order].clamp(-1, 1), resamples=100):
-        note = {"note": row["note"]} if row["note"] else {}
-        figures_ = (row["value"], row["low"], row["high"], row["n"])
-        yield _row(row["metric"], *figures_) | {"floor": row["floor"], "extractor": row["extractor"]} | note
 
 
 def _row(metric: str, value: float | None, low: float | None, high: float | None, n: int) -> dict[str, Any]:

@@ -71,9 +71,8 @@ class TokenGenerator:
         """After training on images without labels: every class starts from what is known of the null token."""
         config = self.model.config
         with torch.no_grad():
-            self.model.model.embed_tokens.weight[config.class_token_ids] = self.model.model.embed_tokens.weight[
-                config.null_token_id
-            ]
+            table = self.model.model.embed_tokens.weight
+            table[config.class_token_ids] = table[config.null_token_id].clone()
 
 
 class Denoiser(nn.Module):
@@ -143,7 +142,7 @@ class DiffusionGenerator:
     def name_classes(self) -> None:
         table = self.model.unet.class_embedding.weight
         with torch.no_grad():
-            table[:-1] = table[-1]
+            table[:-1] = table[-1].clone()
 
 
 Generator = TokenGenerator | DiffusionGenerator

@@ -70,9 +70,7 @@ def main() -> None:
         num_attention_heads=arguments.num_attention_heads,
     )
     processor = SpectralImageProcessor(image_size=arguments.size, num_channels=arguments.channels, pad=arguments.pad)
-    images = public_images(
-        arguments.public, arguments.split, arguments.image_column, arguments.images, arguments.seed
-    )
+    images = public_images(arguments.public, arguments.split, arguments.image_column, arguments.images, arguments.seed)
     pixels = processor(images)["pixel_values"]
     held_out = max(1, len(pixels) // 10)
     model = SpectralTokenizerForCausalLM(config)

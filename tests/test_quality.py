@@ -106,3 +106,16 @@ def test_the_denoiser_reads_labels_and_hides_them():
     assert set(generator.hide_labels(rows, 1.0)[:, 0].tolist()) == {-1.0}
     assert torch.equal(generator.hide_labels(rows, 0.0), rows)
     assert math.isclose(float(rows[0, 1]), float(images[0, 0, :2, :2].mean()), abs_tol=1e-6)
+
+
+def test_classes_start_from_what_is_known_without_labels():
+    for name, generator in generators(digits(40)[0]).items():
+        generator.name_classes()
+        if isinstance(generator, DiffusionGenerator):
+            table, null, classes = generator.model.unet.class_embedding.weight, 2, [0, 1]
+        else:
+            config = generator.model.config
+            table, null = generator.model.model.embed_tokens.weight, config.null_token_id
+            classes = config.class_token_ids
+        assert all(torch.equal(table[label], table[null]) for label in classes), name
+        assert bool(table[null].any()), name
