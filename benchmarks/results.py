@@ -21,7 +21,7 @@ PIVOTS = {
     "engine_quick": (("d", "T", "tied", "adapter"), "method", ("time_ratio", "memory_ratio")),
     **{
         f"quality_mnist_{part}": (("epsilon", "method"), "metric", ("value",))
-        for part in ("ours", "raster", "pixels", "diffusion", "epsilon_one", "epsilon_one_again", "epsilon_ten")
+        for part in ("ours", "raster", "pixels", "diffusion", "epsilon_one", "epsilon_ten")
     },
 }
 
