@@ -283,9 +283,7 @@ def compare(
             save_grid(drawn[0], images, grids / f"quality_{name}_{method}_{epsilon:g}.png")
 
 
-def measured(
-    folder: Path, name: str, title: str, attempts: int, data: Path, grids: Path | None
-) -> Iterator[dict[str, Any]]:
+def measured(folder: Path, name: str, title: str, data: Path, grids: Path | None) -> Iterator[dict[str, Any]]:
     """The rows of a trained pipeline."""
     images, size = IMAGE_SETS[name], SIZES[title]
     report = PrivacyCard.load(folder).report
@@ -295,7 +293,7 @@ def measured(
     start = time.perf_counter()
     drawn = pipeline(
         class_labels=list(range(images.classes)), num_images=size.each, generator=torch.Generator().manual_seed(0),
-        output_type="pt", batch_size=500, attempts=attempts,
+        output_type="pt", batch_size=500,
     ).images  # fmt: skip
     seconds = time.perf_counter() - start
     labels = torch.arange(images.classes).repeat_interleave(size.each)
@@ -310,7 +308,6 @@ def measured(
         "batch": report["sampling"]["expected_batch_size"],
         "private": report["adjacency"]["num_units"],
         "trainable_parameters": training["trainable_parameters"],
-        "attempts": attempts,
     }
     rate = len(labels) / seconds
     yield shared | {"metric": "images per second", "value": rate, "low": None, "high": None, "n": len(labels)}
@@ -332,7 +329,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of DP training, instead of the size's: what little training gives")
     parser.add_argument("--quick", action="store_true", help="the same as --size quick")
     parser.add_argument("--pipeline", type=Path, help="measure this trained pipeline only")
-    parser.add_argument("--attempts", type=int, default=1, help="of the pipeline, to draw what it takes for its class")
     parser.add_argument("--codec", type=Path, help="colour: folder of the public codec of ours")
     parser.add_argument("--super_resolution", type=Path, help="colour: folder of the public network that all end with")
     parser.add_argument("--keep", type=Path, help="folder where public models are kept, and found by a later run")
@@ -344,9 +340,8 @@ def main() -> None:
     grids = arguments.out.parent if arguments.out and size != "quick" else None
     command = f"python -m benchmarks.quality --dataset {arguments.dataset} --size {size}"
     if arguments.pipeline:
-        rows = measured(arguments.pipeline, arguments.dataset, size, arguments.attempts, arguments.data, grids)
+        rows = measured(arguments.pipeline, arguments.dataset, size, arguments.data, grids)
         command += f" --pipeline {arguments.pipeline}"
-        command += f" --attempts {arguments.attempts}" if arguments.attempts > 1 else ""
     else:
         folders = Folders(arguments.codec, arguments.super_resolution, arguments.keep)
         rows = compare(

@@ -243,7 +243,6 @@ class DPSpectralPipeline(DiffusionPipeline):
         *,
         negative_prompt: str | Sequence[str] | None = None,
         num_images_per_prompt: int | None = None,
-        attempts: int = 1,
     ) -> ImagePipelineOutput | tuple:
         """Generates images.
 
@@ -272,8 +271,6 @@ class DPSpectralPipeline(DiffusionPipeline):
                 "tokens" (B, timestep) of one batch: `pipeline.model.decode(tokens)` shows the image growing.
             negative_prompt: what the images should not show; one for all prompts, or one each. Needs guidance.
             num_images_per_prompt: `num_images`, by the name that diffusers has for it.
-            attempts: above 1, images that the model itself takes for another class are drawn again; see
-                `SpectralTokenizerForCausalLM.sample`. For images that are to be labelled data; needs class labels.
 
         Returns:
             `ImagePipelineOutput` with `images`.
@@ -342,7 +339,6 @@ class DPSpectralPipeline(DiffusionPipeline):
             "temperature": self.config.temperature if temperature is None else temperature,
             "top_k": self.config.top_k if top_k is None else top_k,
             "top_p": self.config.top_p if top_p is None else top_p,
-            "attempts": attempts,
         }
         length = sum(scale.tokens for scale in scales[:num_scales])
         ends = [scale.first_position + scale.tokens for scale in scales]
