@@ -1,18 +1,22 @@
 """How fast images are drawn: `sample`, plain and compiled, against the bare `generate` of transformers, static cache.
 
-All draw from the same model the same number of tokens, in float32, from the whole distribution. `ratio` is to
-"generate, static cache" of the same model, batch and guidance. `generate` guides by a second pass of its own; ours by
-one doubled batch. Timings are medians of interleaved rounds. `floor_share` is what the hardware would need at least,
+All draw from the same model the same number of tokens, from the whole distribution. `ratio` is to "generate, static
+cache" of the same model, batch, guidance and `dtype`; `ratio_to_float32` to that in float32. `generate` guides by a
+second pass of its own; ours by one doubled batch. The rows "bfloat16 against float32" say what the precision changes:
+the mean Kullback-Leibler divergence per token, in nats, of the distributions that tokens are drawn from, beside their
+mean entropy. Timings are medians of interleaved rounds. `floor_share` is what the hardware would need at least,
 over what it needed: the larger of the arithmetic at the speed of a large matrix product and the reading of the weights
 at the speed of a large copy, both measured here. "digits" is the model in the package; "wide" has ten times as many
-weights, random ones. The last rows give the share of a pipeline's time that passes outside of its models.
+weights, random ones. Further rows give the share of a pipeline's time that passes outside of its models.
 """
 
 import argparse
+import copy
 import importlib.resources
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -60,9 +64,9 @@ def seconds(call: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start
 
 
-def medians(methods: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, float]:
+def medians(methods: dict[Any, Callable[[], object]], rounds: int, device: str) -> dict[Any, float]:
     """Median seconds of each method, after one call of each that is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in methods}
+    times: dict[Any, list[float]] = {name: [] for name in methods}
     for call in methods.values():
         call()
     for _ in range(rounds):
@@ -71,9 +75,9 @@ def medians(methods: dict[str, Callable[[], object]], rounds: int, device: str) 
     return {name: statistics.median(taken) for name, taken in times.items()}
 
 
-def hardware(device: str) -> tuple[float, float]:
-    """What this machine does at best: float32 operations per second, and bytes read per second."""
-    square = torch.randn(1024, 1024, device=device)
+def hardware(device: str, dtype: torch.dtype) -> tuple[float, float]:
+    """What this machine does at best: operations per second of matrix products, and bytes read per second."""
+    square = torch.randn(1024, 1024, device=device, dtype=dtype)
     large = torch.randn(2**25, device=device)  # 128 MiB: outside of every cache
     target = torch.empty_like(large)
     product = min(seconds(lambda: square @ square, device) for _ in range(10))
@@ -87,15 +91,15 @@ def floor(model: SpectralTokenizerForCausalLM, rows: int, speed: tuple[float, fl
     total = 0.0
     for scale in model.config.layout.scales:
         weights = layers + scale.codes * model.config.hidden_size
-        total += scale.tokens * max(2 * weights * rows / speed[0], 4 * weights / speed[1])
+        size = model.lm_head.weight.element_size()
+        total += scale.tokens * max(2 * weights * rows / speed[0], size * weights / speed[1])
     return total
 
 
-def speed_rows(
-    name: str, model: SpectralTokenizerForCausalLM, batch: int, guidance: float, compiled: bool, rounds: int,
-    speed: tuple[float, float],
-) -> list[dict]:  # fmt: skip
-    """Images per second of every method for one model and batch."""
+def methods(
+    model: SpectralTokenizerForCausalLM, batch: int, guidance: float, compiled: bool
+) -> dict[str, Callable[[], object]]:
+    """Every way to draw `batch` images from one model."""
     device = model.device.type
     labels = torch.arange(batch, device=device) % 10
     start = model.start_tokens(labels)[:, None]
@@ -110,7 +114,7 @@ def speed_rows(
         model._compiled_step = None
         return model.sample(labels, guidance_scale=guidance)
 
-    methods = {BARE: generate, "ours": sample}
+    found: dict[str, Callable[[], object]] = {BARE: generate, "ours": sample}
     if compiled:
         model.compile_sampling()
         step = model._compiled_step
@@ -119,22 +123,53 @@ def speed_rows(
             model._compiled_step = step
             return model.sample(labels, guidance_scale=guidance)
 
-        methods["ours, compiled"] = sample_compiled
-    times = medians(methods, rounds, device)
-    least = floor(model, batch * (1 + bool(guided)), speed)
+        found["ours, compiled"] = sample_compiled
+    return found
+
+
+def speed_rows(
+    name: str, models: dict[torch.dtype, SpectralTokenizerForCausalLM], batch: int, guidance: float, compiled: bool,
+    rounds: int, speeds: dict[torch.dtype, tuple[float, float]],
+) -> list[dict]:  # fmt: skip
+    """Images per second of every method and precision for one model and batch, all in the same rounds."""
+    device = models[torch.float32].device.type
+    ways = {(dtype, method): call for dtype, model in models.items()
+            for method, call in methods(model, batch, guidance, compiled).items()}  # fmt: skip
+    times = medians(ways, rounds, device)
+    least = {dtype: floor(model, batch * (1 + (guidance != 1.0)), speeds[dtype]) for dtype, model in models.items()}
     return [
         {
             "method": method,
             "model": name,
+            "dtype": str(dtype).removeprefix("torch."),
             "batch": batch,
             "guidance": guidance,
             "images_per_second": round(batch / taken, 2),
-            "tokens_per_second": round(batch * model.config.layout.length / taken, 1),
-            "ratio": round(times[BARE] / taken, 2),
-            "floor_share": round(least / taken, 3),
+            "tokens_per_second": round(batch * models[dtype].config.layout.length / taken, 1),
+            "ratio": round(times[dtype, BARE] / taken, 2),
+            "ratio_to_float32": round(times[torch.float32, BARE] / taken, 2),
+            "floor_share": round(least[dtype] / taken, 3),
         }
-        for method, taken in times.items()
+        for (dtype, method), taken in times.items()
     ]
+
+
+@torch.no_grad()
+def precision_row(name: str, models: dict[torch.dtype, SpectralTokenizerForCausalLM], number: int) -> dict:
+    """How far the distributions of the next token are apart, along `number` sequences drawn in float32."""
+    exact = models[torch.float32]
+    labels = torch.arange(number, device=exact.device) % 10
+    rows = torch.cat([exact.start_tokens(labels)[:, None], exact.sample(labels)], 1)[:, :-1]
+    first, second = (model(rows).logits.float().log_softmax(-1) for model in models.values())
+    entropy = -(first.exp() * first).sum(-1)
+    divergence = (first.exp() * (first - second)).sum(-1)
+    return {
+        "method": "bfloat16 against float32",
+        "model": name,
+        "divergence": float(f"{divergence.mean():.2g}"),
+        "largest_divergence": float(f"{divergence.max():.2g}"),
+        "entropy": round(float(entropy.mean()), 3),
+    }
 
 
 def overhead_rows(device: str, rounds: int) -> list[dict]:
@@ -194,24 +229,29 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--out", help="file for the JSON report")
     arguments = parser.parse_args()
-    speed = hardware(arguments.device)
+    dtypes = (torch.float32, torch.bfloat16)
+    speeds = {dtype: hardware(arguments.device, dtype) for dtype in dtypes}
     rows: list[dict] = []
     cases = [("digits", 64, 1.0), ("digits", 64, 2.0), ("wide", 64, 1.0)]
     if not arguments.quick:
         cases += [("digits", 1, 1.0), ("wide", 1, 1.0), ("wide", 8, 1.0), ("wide", 64, 2.0)]
-    loaded = models(arguments.device)
+    exact = models(arguments.device)
+    loaded = {name: {dtype: copy.deepcopy(model).to(dtype) for dtype in dtypes} for name, model in exact.items()}
     for name, batch, guidance in cases:
         compiled = not arguments.quick or (name, guidance) == ("digits", 1.0)
-        rounds = 5 if arguments.quick else 9
-        rows += speed_rows(name, loaded[name], batch, guidance, compiled, rounds, speed)
+        rounds = 3 if arguments.quick else 9
+        rows += speed_rows(name, loaded[name], batch, guidance, compiled, rounds, speeds)
+    rows += [precision_row(name, pair, 200) for name, pair in loaded.items()]
     rows += overhead_rows(arguments.device, 5 if arguments.quick else 15)
-    rows.append(
+    rows += [
         {
             "method": "the hardware at its best",
+            "dtype": str(dtype).removeprefix("torch."),
             "gflop_per_second": round(speed[0] / 1e9, 1),
             "gigabyte_per_second": round(speed[1] / 1e9, 1),
         }
-    )
+        for dtype, speed in speeds.items()
+    ]
     options = " --quick" * arguments.quick + f" --device {arguments.device}" * (arguments.device != "cpu")
     write_report("python -m benchmarks.generate" + options, rows, arguments.out)
 

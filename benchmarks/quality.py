@@ -18,8 +18,8 @@ epsilon inf are facts about private images that no guarantee covers.
 
 The sizes say how much is trained, and every row repeats it: "quick" shows that all of it runs; "small" gives every
 method the same number of private examples, for a quarter of an hour of one core; "photos" is the like for colour
-images, with less of everything; "medium" takes a night, and "full" is for a GPU. Ours starts from the bundled public model where
-there is one; the others are trained on public images in the run, as the row says.
+images, with less of everything; "medium" takes a night, and "full" is for a GPU. Ours starts from the bundled public
+model where there is one; the others are trained on public images in the run, as the row says.
 
     python -m benchmarks.quality --dataset mnist --size medium --pipeline runs/mnist/pipeline
 
@@ -101,7 +101,7 @@ SIZES = {
     "quick": Size(600, 300, 600, 20, 8, 4, 64, 8, 6, 1, 2, 100, (16, 32), 4),
     "small": Size(20000, 3000, 4000, 100, 250, 24, 512, 250, 150, 1, 2, 1000, (16, 32), 20),
     "photos": Size(20000, 1500, 15000, 500, 400, 16, 768, 200, 0, 1, 2, 1000, (16, 32), 20),
-    "medium": Size(60000, 10000, 20000, 1000, 3000, 200, 2048, 3000, 400, 1, 2, 2000, (32, 64), 20),
+    "medium": Size(60000, 10000, 20000, 2000, 3000, 150, 2000, 4000, 1000, 1, 1, 2000, (32, 64), 20),
     "full": Size(60000, 10000, 60000, 2000, 8000, 400, 4096, 20000, 2000, 3, 1, 10000, (64, 128), 50),
 }
 

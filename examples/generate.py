@@ -1,96 +1,23 @@
-"""Generates images with a saved pipeline: one PNG per image and a labelled overview, grid.png.
+"""Generates images with a saved pipeline, as `hf-spectral-dp generate` does.
 
-    python examples/generate.py runs/digits --out images                      # every class, 4 images each
-    python examples/generate.py owner/name --out images --class_labels 3 7 --num_images 16 --seed 0
-    python examples/generate.py owner/name --out images --prompt "a red circle" "a blue square" --guidance_scale 3
+    python examples/generate.py runs/digits --out images --class_labels 3 7 --num_images 16 --seed 0
 
-Drawing images costs no privacy: the guarantee on the pipeline's card covers everything that its model can ever produce.
+The same in Python:
+
+    pipeline = DPSpectralPipeline.from_pretrained("runs/digits")
+    images = pipeline(class_labels=[3, 7], num_images=16, generator=torch.Generator().manual_seed(0)).images
+    image_grid(images, columns=16).save("grid.png")
 """
 
 import argparse
-from collections.abc import Sequence
-from pathlib import Path
 
-import torch
-from PIL import Image, ImageDraw
-
-from hf_spectral_dp.pipeline_spectral import UPSCALING_MODES, DPSpectralPipeline
-
-
-def image_grid(images: Sequence[Image.Image], columns: int, captions: Sequence[str] | None = None) -> Image.Image:
-    """Lays images of one size out row by row, small ones enlarged without smoothing, each caption below its image."""
-    zoom = max(1, 64 // images[0].width)
-    width, height = images[0].width * zoom, images[0].height * zoom
-    gap, line = 4, 14 if captions else 0  # pixels; Pillow's default font is 10 pixels high
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + line + gap) + gap), "white")
-    draw = ImageDraw.Draw(sheet)
-    for index, image in enumerate(images):
-        left, top = gap + index % columns * (width + gap), gap + index // columns * (height + line + gap)
-        sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), (left, top))
-        if captions:
-            draw.text((left + width / 2, top + height + 1), captions[index], fill="black", anchor="ma")
-    return sheet
+from hf_spectral_dp.generation import add_arguments, generate_files
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Sampling options that are not given take the values saved with the pipeline.",
-    )
-    parser.add_argument("pipeline", help="folder of a saved pipeline, or a Hub id such as owner/name")
-    parser.add_argument("--out", required=True, type=Path, help="folder for the images; made if missing")
-    parser.add_argument(
-        "--class_labels", type=int, nargs="+", help="labels to draw; default all, and none where the model has none"
-    )
-    parser.add_argument("--prompt", nargs="+", help="texts to draw, for a model that was trained with captions")
-    parser.add_argument("--negative_prompt", nargs="+", help="what not to draw: one text for all prompts, or one each")
-    parser.add_argument("--num_images", type=int, default=4, help="images per label or prompt; in all without either")
-    parser.add_argument("--guidance_scale", type=float, help="above 1: closer to the label, less variety")
-    parser.add_argument("--temperature", type=float, help="below 1: the likelier images, less variety")
-    parser.add_argument("--top_k", type=int, help="draw every token among the k likeliest; 0 means among all")
-    parser.add_argument("--top_p", type=float, help="draw every token among the likeliest that hold this probability")
-    parser.add_argument("--seed", type=int, help="the same seed and batch size give the same images; default random")
-    parser.add_argument("--batch_size", type=int, default=64, help="images drawn at once; lower it if memory runs out")
-    parser.add_argument(
-        "--upscaling",
-        default="model",
-        choices=UPSCALING_MODES,
-        help="how the coarse private image becomes large: by the pipeline's public model (default), by plain resampling"
-        " without new detail, or not at all",
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    arguments = parser.parse_args()
-
-    pipe = DPSpectralPipeline.from_pretrained(arguments.pipeline).to(arguments.device)
-    labels = arguments.class_labels or list(range(pipe.model.config.num_classes)) or None
-    generator = torch.Generator(arguments.device)
-    generator.seed() if arguments.seed is None else generator.manual_seed(arguments.seed)
-    negative = arguments.negative_prompt
-    images = pipe(
-        arguments.prompt,
-        labels,
-        arguments.num_images,
-        negative_prompt=negative[0] if negative and len(negative) == 1 else negative,
-        guidance_scale=arguments.guidance_scale,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        generator=generator,
-        batch_size=arguments.batch_size,
-        upscaling=arguments.upscaling,
-    ).images
-
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    names = arguments.prompt or [str(label) for label in labels or []]
-    captions = [name for name in names for _ in range(arguments.num_images)]
-    for index, image in enumerate(images):
-        label = f"_label{captions[index]}" if labels else ""
-        image.save(arguments.out / f"{index:05d}{label}.png")
-    columns = arguments.num_images if captions else 8
-    image_grid(images, columns, captions).save(arguments.out / "grid.png")
-    print(f"{len(images)} images and grid.png in {arguments.out}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    print(f"{generate_files(parser.parse_args())[-1]} shows all images")
 
 
 if __name__ == "__main__":

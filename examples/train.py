@@ -22,10 +22,10 @@ import torch
 import yaml
 from accelerate import PartialState
 from controls import compare
-from generate import image_grid
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageToImage
 
 from hf_spectral_dp import DPSpectralPipeline, DPTrainer, DPTrainingArguments, PrivacyCard
+from hf_spectral_dp.generation import image_grid
 from hf_spectral_dp.image_sources import load_images
 from hf_spectral_dp.text_encoder import load_text_encoder
 from hf_spectral_dp.token_store import TokenStore, build_token_store

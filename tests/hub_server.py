@@ -1,5 +1,7 @@
 """A Hub on the loopback interface: the routes of upload and download that `huggingface_hub` speaks, held in memory.
 
+Models are known by "owner/name", datasets by "datasets/owner/name".
+
 The client on the other side is the true one. Small text files travel inside the commit, all else by the LFS protocol,
 as on the Hub; downloads of those are redirected to another address. Private repositories are missing for who has no
 token.
@@ -15,9 +17,9 @@ import sys
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "hf_" + "t" * 34
 _REGULAR = (".json", ".md", ".txt", ".py")
@@ -96,13 +98,22 @@ class _Handler(BaseHTTPRequestHandler):
         ("POST", r"/api/repos/create", "_create"),
         ("POST", r"/api/validate-yaml", "_validate"),
         ("GET", r"/api/whoami-v2", "_whoami"),
-        ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/preupload/(?P<revision>[^/]+)", "_preupload"),
-        ("POST", r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch", "_batch"),
+        ("POST", r"/api/(?P<kind>models|datasets)/(?P<repo>[^/]+/[^/]+)/preupload/(?P<revision>[^/]+)", "_preupload"),
+        ("POST", r"/((?P<kind>datasets)/)?(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch", "_batch"),
         ("PUT", r"/objects/(?P<oid>[0-9a-f]{64})", "_put"),
-        ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/commit/(?P<revision>[^/]+)", "_commit"),
-        ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)(/revision/(?P<revision>[^/]+))?", "_info"),
-        ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)(/(?P<below>.+))?", "_tree"),
-        ("GET|HEAD", r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "_resolve"),
+        ("POST", r"/api/(?P<kind>models|datasets)/(?P<repo>[^/]+/[^/]+)/commit/(?P<revision>[^/]+)", "_commit"),
+        ("GET", r"/api/(?P<kind>models|datasets)/(?P<repo>[^/]+/[^/]+)(/revision/(?P<revision>[^/]+))?", "_info"),
+        (
+            "GET",
+            r"/api/(?P<kind>models|datasets)/(?P<repo>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)(/(?P<below>.+))?",
+            "_tree",
+        ),
+        ("POST", r"/api/(?P<kind>models|datasets)/(?P<repo>[^/]+/[^/]+)/paths-info/(?P<revision>[^/]+)", "_paths"),
+        (
+            "GET|HEAD",
+            r"/((?P<kind>datasets)/)?(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)",
+            "_resolve",
+        ),
         ("GET|HEAD", r"/objects/(?P<oid>[0-9a-f]{64})", "_object"),
     )
 
@@ -117,8 +128,9 @@ class _Handler(BaseHTTPRequestHandler):
             found = re.fullmatch(pattern, address.path)
             if found and method in methods.split("|"):
                 values = {key: unquote(value) for key, value in found.groupdict().items() if value is not None}
-                repo = values.get("repo")
-                if repo is not None:
+                kind = values.pop("kind", "models")
+                if "repo" in values:
+                    repo = values["repo"] = "datasets/" * (kind == "datasets") + values["repo"]
                     known = self.hub.repositories.get(repo)
                     if known is None or (known.private and not self._authorised()):
                         return self._fail(401, "RepoNotFound")
@@ -159,14 +171,16 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._authorised():
             return self._fail(401, "Unauthorized")
         asked = json.loads(body)
-        repo = f"{asked.get('organization') or 'me'}/{asked['name']}"
+        kind = "datasets/" * (asked.get("type") == "dataset")
+        repo = f"{kind}{asked.get('organization') or 'me'}/{asked['name']}"
         if repo in self.hub.repositories:
             address = json.dumps({"url": f"{self.hub.endpoint}/{repo}"}).encode()
             return self._answer(409, address, X_Error_Code="RepoExists", Content_Type="application/json")
         private = asked.get("private") is True or asked.get("visibility") == "private"
         self.hub.repositories[repo] = Repository(private)
         self.hub.repositories[repo].commit("initial commit", {".gitattributes": b"*.safetensors filter=lfs\n"})
-        return self._json({"url": f"{self.hub.endpoint}/{repo}", "name": repo, "id": repo})
+        name = repo.removeprefix("datasets/")
+        return self._json({"url": f"{self.hub.endpoint}/{repo}", "name": name, "id": name})
 
     def _validate(self, body: bytes) -> None:
         self._json({"errors": [], "warnings": []})
@@ -240,19 +254,20 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _tree(self, body: bytes, repo: str, revision: str, below: str = "") -> None:
         if found := self._at(repo, revision):
-            entries = []
-            for name, content in found[1].items():
-                if below and not name.startswith(f"{below}/"):
-                    continue
-                entry = {"type": "file", "path": name, "size": len(content), "oid": _blob_id(content)}
-                if not name.endswith(_REGULAR):
-                    digest = hashlib.sha256(content).hexdigest()
-                    entry["lfs"] = {"oid": digest, "size": len(content), "pointerSize": 130}
-                entries.append(entry)
-            if below and not entries:
+            files, folders, start = found[1], _folders(found[1]), f"{below}/" if below else ""
+            if below and below not in folders:
                 return self._fail(404, "EntryNotFound")
+            deep = "recursive=true" in urlsplit(self.path).query.lower()
+            entries = [_entry(name, files.get(name)) for name in [*folders, *files]
+                       if name.startswith(start) and (deep or "/" not in name[len(start) :])]  # fmt: skip
             self._json(entries)
         return None
+
+    def _paths(self, body: bytes, repo: str, revision: str) -> None:
+        if found := self._at(repo, revision):
+            asked = parse_qs(body.decode())["paths"] if body[:1] != b"{" else json.loads(body)["paths"]
+            known = _folders(found[1]) | set(found[1])
+            self._json([_entry(name, found[1].get(name)) for name in asked if name in known])
 
     def _resolve(self, body: bytes, repo: str, revision: str, path: str) -> None:
         if not (found := self._at(repo, revision)):
@@ -272,6 +287,21 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _object(self, body: bytes, oid: str) -> None:
         self._answer(200, self.hub.objects[oid], ETag=f'"{oid}"')
+
+
+def _folders(files: dict[str, bytes]) -> set[str]:
+    return {str(folder) for name in files for folder in PurePosixPath(name).parents if str(folder) != "."}
+
+
+def _entry(name: str, content: bytes | None) -> dict[str, Any]:
+    """What the Hub tells of a file, or of a folder, which has no content."""
+    if content is None:
+        return {"type": "directory", "path": name, "size": 0, "oid": _blob_id(name.encode())}
+    entry: dict[str, Any] = {"type": "file", "path": name, "size": len(content), "oid": _blob_id(content)}
+    if not name.endswith(_REGULAR):
+        digest = hashlib.sha256(content).hexdigest()
+        entry["lfs"] = {"oid": digest, "size": len(content), "pointerSize": 130}
+    return entry
 
 
 def _blob_id(content: bytes) -> str:

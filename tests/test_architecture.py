@@ -42,6 +42,7 @@ ORDER = [
     "card",
     "publication",
     "pipeline_spectral",
+    "generation",
     "registry",
     "dataset_export",
     "assessment",

@@ -107,7 +107,11 @@ def test_wrong_usage_is_explained(arguments, capsys):
 
 @pytest.mark.parametrize(
     "arguments, words",
-    [(["-h"], ["verify", "card", "registry"]), (["verify", "-h"], ["FOLDER_OR_HUB_ID", "--revision", "--ledger"])],
+    [
+        (["-h"], ["generate", "verify", "card", "registry", "audit"]),
+        (["verify", "-h"], ["FOLDER_OR_HUB_ID", "--revision", "--ledger"]),
+        (["generate", "-h"], ["costs no privacy", "--prompt", "--seed", "--out images"]),
+    ],
 )
 def test_help_is_helpful(arguments, words, capsys):
     with pytest.raises(SystemExit) as ended:

@@ -14,12 +14,12 @@ import torch
 from card_reports import report
 from conftest import tiny_model
 from datasets import load_dataset
-from huggingface_hub import HfApi
+from hub_server import HubServer, fresh
 from PIL import Image
 from text_parts import text_encoder, text_model
 
 from hf_spectral_dp import DPSpectralPipeline, PrivacyCard, SpectralImageProcessor
-from hf_spectral_dp.dataset_export import export_dataset, export_shards, publish_dataset
+from hf_spectral_dp.dataset_export import export_dataset, export_shards
 
 SETTINGS = {"num_images": 47, "shard_size": 10, "batch_size": 4, "seed": 3}
 
@@ -226,23 +226,46 @@ def test_a_damaged_shard_is_not_taken_for_one(source, tmp_path):
         export_dataset(source, tmp_path, 3)
 
 
-def test_only_a_finished_dataset_is_uploaded_and_whole(source, tmp_path, monkeypatch):
-    received: dict[str, bytes] = {}
+PUSH = """
+import json
+from pathlib import Path
+from hf_spectral_dp.dataset_export import publish_dataset
+shard, error = Path({shard!r}), None
+content = shard.read_bytes()
+shard.unlink()
+try:
+    publish_dataset({folder!r}, "me/synthetic", private=True)
+except FileNotFoundError as raised:
+    error = str(raised)
+shard.write_bytes(content)
+print(json.dumps([error, publish_dataset({folder!r}, "me/synthetic", private=True)]))
+"""
 
-    def create_commit(self, repo_id, operations, *, repo_type, **options):
-        assert (repo_id, repo_type) == ("me/synthetic", "dataset")
-        received.update({each.path_in_repo: Path(each.path_or_fileobj).read_bytes() for each in operations})
-        return "commit"
+PULL = """
+import json, numpy
+from datasets import load_dataset
+rows = load_dataset("me/synthetic", split="train")
+print(json.dumps([numpy.stack(rows["image"]).tolist(), list(rows["label"])]))
+"""
 
-    monkeypatch.setattr(HfApi, "create_commit", create_commit)
-    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **_: type("Url", (), {"repo_id": repo_id}))
-    export_dataset(source, tmp_path, 3, shard_size=2)
-    (tmp_path / "data" / "train-00001-of-00002.parquet").rename(tmp_path / "other.parquet")
-    with pytest.raises(FileNotFoundError, match="lacks data/train-00001-of-00002.parquet; finish"):
-        publish_dataset(tmp_path, "me/synthetic")
-    assert not received
-    export_dataset(source, tmp_path, 3, shard_size=2)
-    assert publish_dataset(tmp_path, "me/synthetic") == "commit"
-    assert set(received) == {
-        "README.md", "privacy.json", "data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"
-    }  # fmt: skip
+
+def test_a_finished_dataset_goes_to_the_hub_in_one_commit_and_back(source, tmp_path):
+    """By the true clients, over HTTP, in a fresh process each time. One that lacks a shard stays here."""
+    folder = export_dataset(source, tmp_path / "out", 5, shard_size=2)
+    shard = folder / "data" / "train-00001-of-00003.parquet"
+    with HubServer() as hub:
+        error, address = fresh(hub, tmp_path, PUSH.format(folder=str(folder), shard=str(shard)))
+        assert "lacks data/train-00001-of-00003.parquet; finish" in error
+        repository = hub.repositories["datasets/me/synthetic"]
+        (_, _, before), (sha, message, after) = repository.commits
+        assert repository.private and address == f"{hub.endpoint}/datasets/me/synthetic/commit/{sha}"
+        assert message == "Upload synthetic images with their privacy card"
+        released = {name: content for name, content in files(folder).items() if name != "export.json"}
+        assert after == {**before, **released}
+        assert " ".join(PrivacyCard.load(source).guarantee.split()) in after["README.md"].decode()
+        assert sum(request.startswith("POST /api/repos/create") for request in hub.requests) == 1
+        (tmp_path / "user").mkdir()
+        images, labels = fresh(hub, tmp_path / "user", PULL)
+    here = load_dataset(str(folder), split="train", cache_dir=str(tmp_path / "cache"))
+    assert np.array_equal(images, np.stack([np.asarray(image) for image in here["image"]]))
+    assert labels == list(here["label"]) == [0, 1, 2, 3, 4]

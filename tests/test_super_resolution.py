@@ -170,6 +170,41 @@ def test_tiles_of_plain_resampling_leave_no_seam(mode):
 
 
 @torch.no_grad()
+def test_tiles_of_the_default_network_leave_no_seam():
+    """2 + 2 * 5 convolutions of 3 x 3 see 12 pixels far: less than the pipeline's overlap of 32."""
+    torch.manual_seed(0)
+    model = SpectralSuperResolution(SpectralSuperResolutionConfig(features=8)).eval()
+    for parameter in model.parameters():
+        parameter.normal_(std=0.2)
+    images, enlarge = torch.rand(1, 3, 40, 33) * 2 - 1, upscaler(model)
+    whole = enlarge(images)
+    torch.testing.assert_close(enlarge(images, tile_size=16, tile_overlap=12), whole, atol=1e-5, rtol=0)
+    assert (enlarge(images, tile_size=16, tile_overlap=2) - whole).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("size", [(48, 64), (45, 62)])
+@torch.no_grad()
+def test_tiles_of_swin2sr_leave_no_seam_where_windows_coincide(size):
+    """Two layers of windows of 4, the second shifted, and three convolutions: what is 16 pixels away has no effect.
+
+    Exact up to rounding, if tiles and overlap are multiples of the window; else a tile has other windows than the whole.
+    """
+    torch.manual_seed(0)
+    fields = {"embed_dim": 8, "depths": [2], "num_heads": [1], "window_size": 4, "upsampler": "pixelshuffledirect"}
+    model = Swin2SRForImageSuperResolution(Swin2SRConfig(image_size=16, **fields)).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(std=0.15)
+    images, enlarge = torch.rand(1, 3, *size) * 2 - 1, upscaler(model)
+    whole = enlarge(images)
+    assert whole.std() > 0.1
+    torch.testing.assert_close(enlarge(images, tile_size=16, tile_overlap=16), whole, atol=1e-4, rtol=0)
+    for tile_size, tile_overlap in ((16, 4), (16, 18), (15, 16)):  # sees too little, and two without common windows
+        found = enlarge(images, tile_size=tile_size, tile_overlap=tile_overlap)
+        assert (found - whole).abs().max() > 1e-2, (tile_size, tile_overlap)
+
+
+@torch.no_grad()
 def test_tiles_see_no_more_than_they_should():
     seen = []
     enlarge = Upscaler(1, lambda images: (seen.append(images.shape[-2:]), images)[1])

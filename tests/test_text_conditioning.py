@@ -94,8 +94,12 @@ def test_sample_generate_and_an_explicit_loop_agree(model):
     for _ in range(LENGTH):
         sequence = torch.cat([sequence, model(sequence, text_states=states).logits[:, -1:].argmax(-1)], 1)
     assert torch.equal(model.sample(text_states=states, top_k=1), sequence[:, 1:])
-    for options in ({}, {"use_cache": False}, {"attention_mask": torch.ones_like(start)}):
+    static = {"cache_implementation": "static", "disable_compile": True}
+    masked = {"attention_mask": torch.ones_like(start)}
+    for options in ({}, {"use_cache": False}, masked, static, static, {**static, **masked}):
         assert torch.equal(model.generate(start, text_states=states, do_sample=False, **options), sequence)
+    guided = {"guidance_scale": 2.0, "negative_prompt_ids": start, "do_sample": False, "text_states": states}
+    assert torch.equal(model.generate(start, **guided, **static), model.generate(start, **guided))
 
 
 @torch.no_grad()

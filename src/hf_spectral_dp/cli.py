@@ -1,4 +1,4 @@
-"""`hf-spectral-dp verify`, `card`, `registry` and `audit`: the privacy claim on the command line."""
+"""`hf-spectral-dp generate`, `verify`, `card`, `registry` and `audit`: images, and the claim behind them."""
 
 import argparse
 import json
@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 from .card import PrivacyCard
+from .generation import GENERATE, add_arguments, generate_files
 from .publication import fetch, strangers
 from .registry import registry_record, registry_yaml
 from .self_audit import AuditRow, audit_installation
@@ -46,9 +47,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit code: 0; or 1 if the card is missing, not valid, or contradicted, or an audit refutes the claim.
     """
     parser = argparse.ArgumentParser(
-        prog="hf-spectral-dp", description="Check the claims of a differentially private generator, render its card."
+        prog="hf-spectral-dp",
+        description="Draw images from a differentially private generator, check its claims, render its card.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    generate = commands.add_parser(
+        "generate",
+        help="Draw images from a saved pipeline into a folder.",
+        description=GENERATE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Sampling options that are not given take the values saved with the pipeline. Exit code: 0; 1 if the"
+        " pipeline or an option is no good.",
+    )
+    add_arguments(generate)
+    generate.set_defaults(run=_generate)
     verify = commands.add_parser(
         "verify",
         help="Recompute the claim from privacy.json; compare files and README with it.",
@@ -98,6 +110,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"hf-spectral-dp: {error}", file=sys.stderr)
         return 1
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    """Says where the images are."""
+    *images, grid = generate_files(arguments)
+    print(f"{len(images)} images in {grid.parent}; {grid} shows them all")
+    return 0
 
 
 def _verify(arguments: argparse.Namespace) -> int:

@@ -8,12 +8,14 @@ classifier-free guidance.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaModel
 
@@ -124,6 +126,14 @@ class SpectralTokenizerForCausalLM(HubModel, PreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+
+    def _prepare_static_cache(self, *args, max_cache_len: int, **kwargs) -> Cache:
+        """For `generate`, which counts ids only: room for the text in front of the start token, too."""
+        return super()._prepare_static_cache(*args, max_cache_len=max_cache_len + self.config.text_slots, **kwargs)
+
+    def create_masks_for_generate(self, **kwargs) -> Any:
+        """For `generate` with a static cache: with text, `forward` makes the mask, as it knows what stands in front."""
+        return kwargs["attention_mask"] if self.config.text_slots else create_masks_for_generate(**kwargs)
 
     def text_prefix(self, text_states: Tensor | None, batch: int) -> Tensor:
         """What stands in front of the start token: (batch, K, hidden_size) of states (batch, K, text_width) or None."""

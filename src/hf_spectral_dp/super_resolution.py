@@ -168,8 +168,9 @@ class Upscaler:
             tile_size: side in input pixels of the squares that are enlarged one after the other, so that memory does
                 not grow with the image; None enlarges images as a whole.
             tile_overlap: input pixels around a square that the backend sees and that are cut off again. There is no
-                seam if no output pixel depends on input farther away than that. For a backend with windows, both
-                are best multiples of the window.
+                seam if no output pixel depends on input farther away than that (`SpectralSuperResolution` at scale
+                2: 2 + 2 * num_blocks pixels) and, for a backend with windows such as Swin2SR, if tile and overlap are
+                multiples of the window. Backends that draw noise or attend to the whole image show seams.
 
         Raises:
             ValueError: wrong shape, a tile that is too small, or an output of another size than `scale` says.
