@@ -18,8 +18,8 @@ epsilon inf are facts about private images that no guarantee covers.
 
 The sizes say how much is trained, and every row repeats it: "quick" shows that all of it runs; "small" gives every
 method the same number of private examples, for a quarter of an hour of one core; "photos" is the like for colour
-images, an hour of it; "medium" takes a night, and "full" is for a GPU. Ours starts from the bundled public model where
-there is one; the others are trained on public images in the run, as the row says.
+images, with less of everything; "medium" takes a night, and "full" is for a GPU. Ours starts from the bundled public
+model where there is one; the others are trained on public images in the run, as the row says.
 
     python -m benchmarks.quality --dataset mnist --size medium --pipeline runs/mnist/pipeline
 
@@ -100,7 +100,7 @@ class Size:
 SIZES = {
     "quick": Size(600, 300, 600, 20, 8, 4, 64, 8, 6, 1, 2, 100, (16, 32), 4),
     "small": Size(20000, 3000, 4000, 100, 250, 24, 512, 250, 150, 1, 2, 1000, (16, 32), 20),
-    "photos": Size(20000, 1500, 15000, 500, 400, 24, 768, 300, 0, 1, 2, 1000, (16, 32), 20),
+    "photos": Size(20000, 1500, 15000, 500, 400, 16, 768, 200, 0, 1, 2, 1000, (16, 32), 20),
     "medium": Size(60000, 10000, 20000, 2000, 3000, 150, 2000, 4000, 1000, 1, 1, 2000, (32, 64), 20),
     "full": Size(60000, 10000, 60000, 2000, 8000, 400, 4096, 20000, 2000, 3, 1, 10000, (64, 128), 50),
 }
@@ -119,10 +119,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def photo_settings(method: str, epsilon: float) -> dict[str, Any]:
     """What differs for colour images and few steps: faster averages, and steps of token models that fit the noise.
 
-    The rates of ours were compared on public photos of cats and dogs; the other token models have the same transformer
-    and the same loss, and share them.
+    Both rates lie below one that made held-out loss worse on public photos of cats and dogs with the same noise (0.4
+    and 0.8). The other token models have the same transformer and the same loss, and share them: no rival was tuned.
     """
-    rate = {"learning_rate": 0.15 if epsilon < 4 else 0.6} if method != "diffusion" else {}
+    rate = {"learning_rate": 0.15 if epsilon < 4 else 0.4} if method != "diffusion" else {}
     return {"ema_decay": 0.8} | rate
 
 

@@ -130,7 +130,6 @@ def test_every_sampling_states_its_relation_and_survives_json(sampling, relation
     assert plan.epsilon(0) == 0 < plan.epsilon(1) <= plan.epsilon(299) <= plan.epsilon()
 
 
-
 @pytest.mark.parametrize("noise_multiplier", [0.3, 1.0, 4.0])
 def test_one_unsampled_gaussian_has_its_closed_form(noise_multiplier):
     event = dp_event.GaussianDpEvent(noise_multiplier)

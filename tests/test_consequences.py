@@ -10,9 +10,7 @@ from hf_spectral_dp.privacy.budget import PrivacyPlan, gaussian_epsilon
 from hf_spectral_dp.privacy.consequences import attack_bounds, gaussian_dp, group_epsilons
 
 # Every unit in every batch: the exact answers are known, those of one Gaussian of mu = sqrt(steps) / noise.
-WHOLE = PrivacyPlan(
-    num_examples=1000, sampling_rate=1.0, steps=4, noise_multiplier=4.0, target_epsilon=9.0, delta=1e-5
-)
+WHOLE = PrivacyPlan(num_examples=1000, sampling_rate=1.0, steps=4, noise_multiplier=4.0, target_epsilon=9.0, delta=1e-5)
 MU = 0.5
 
 

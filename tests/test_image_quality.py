@@ -16,9 +16,7 @@ FOLDER = Path(hf_spectral_dp.__file__).parent / "metrics" / "image_quality"
 
 def pictures(count: int, seed: int) -> list[Image.Image]:
     random = np.random.default_rng(seed)
-    return [
-        Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((20, 24)) for _ in range(count)
-    ]
+    return [Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((20, 24)) for _ in range(count)]
 
 
 def test_it_gives_the_rows_of_evaluate_images(tmp_path):

@@ -8,6 +8,7 @@ import torch
 import yaml
 
 from benchmarks.quality_data import IMAGE_SETS, check_public
+from benchmarks.quality_figures import coarse_distance
 from benchmarks.quality_methods import DiffusionGenerator, TokenGenerator, train_privately, train_publicly
 from hf_spectral_dp import SpectralConfig
 from hf_spectral_dp.super_resolution import upscale
@@ -119,3 +120,12 @@ def test_classes_start_from_what_is_known_without_labels():
             classes = config.class_token_ids
         assert all(torch.equal(table[label], table[null]) for label in classes), name
         assert bool(table[null].any()), name
+
+
+def test_the_coarse_distance_sees_colours_and_no_detail():
+    real = torch.rand(200, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    grain = torch.tensor([[0.2, -0.2], [-0.2, 0.2]]).repeat(8, 8)
+    (same,), (darker,) = coarse_distance(real, real + grain), coarse_distance(real, real - 0.1)
+    assert same["value"] == pytest.approx(0, abs=1e-3)
+    assert darker["value"] == pytest.approx(64 * 0.01, rel=1e-2)  # the shift of 64 means
+    assert not list(coarse_distance(real[:60], real))

@@ -76,9 +76,7 @@ def _inline(text: str, title: str, name: str) -> str:
 
 
 @_svg_of("Largest true positive rate of any attack by false positive rate")
-def attack_curve(
-    bounds: Sequence[tuple[float, float]], measured: Sequence[tuple[str, float, float, float]]
-) -> Any:
+def attack_curve(bounds: Sequence[tuple[float, float]], measured: Sequence[tuple[str, float, float, float]]) -> Any:
     """How many members any attack can find, by how many others it accuses: linear, and both axes logarithmic.
 
     Args:

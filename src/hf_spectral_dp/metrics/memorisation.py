@@ -243,9 +243,7 @@ def completions(model: Any, rows: Tensor, prefix: int, batch_size: int = 256) ->
     model.eval()
     length = rows.shape[1]
     done = [
-        model.generate(
-            some[:, : 1 + prefix].to(device), do_sample=False, max_length=length, use_cache=True
-        ).cpu()
+        model.generate(some[:, : 1 + prefix].to(device), do_sample=False, max_length=length, use_cache=True).cpu()
         for some in rows.split(batch_size)
     ]
     model.train(training)

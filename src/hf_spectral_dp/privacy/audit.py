@@ -308,9 +308,7 @@ class _Laboratory:
         """A probe, and the release of a batch (a list of rows) in units of the sensitivity."""
         probe = _Probe(canaries).to(self._device)
         clipper = PerExampleClipper(probe, _CLIPPING_NORM)
-        mechanism = NoisyClippedMean(
-            clipper, self._multiplier, self.divisor, micro_batch_size, device=self._device
-        )
+        mechanism = NoisyClippedMean(clipper, self._multiplier, self.divisor, micro_batch_size, device=self._device)
 
         def release(batch: list) -> dict[str, Tensor]:
             rows = torch.tensor(batch, device=self._device).reshape(-1, 3).long()
