@@ -247,7 +247,7 @@ def _trained(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = ARCHITECTURES[architecture](images.shape[1], classes)
-    network = network.to(memory_format=torch.channels_last)  # on a CPU 1.4 times as fast
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # on a CPU 1.4 times as fast
     optimizer = torch.optim.AdamW(network.parameters(), lr=4e-3, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps)
     checkpoints = {steps * (index + 1) // _CHECKPOINTS for index in range(_CHECKPOINTS)}
