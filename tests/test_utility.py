@@ -38,6 +38,17 @@ def test_every_architecture_learns_and_every_class_has_its_result():
         assert by_class == pytest.approx(result.accuracy, abs=1e-3)
 
 
+def test_classes_in_turn_are_all_learned():
+    """Ten classes in the order 0 to 9, again and again: what is kept apart must not be one class."""
+    labels = torch.arange(400) % 10
+    images = torch.full((400, 1, 16, 16), -1.0)
+    for index, label in enumerate(labels.tolist()):
+        images[index, :, label + 2 : label + 5, :] = 1.0
+    images += 0.3 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    (result,) = classifier_utility(images, labels, images, labels, architectures=["convolutional"], seeds=1, steps=80)
+    assert min(one.accuracy for one in result.per_class) > 0.5
+
+
 def test_a_class_that_was_never_generated_scores_nothing():
     images, labels = stripes(200, 0)
     only = labels == 0

@@ -23,7 +23,7 @@ LARGEST_SIDE = 32
 """Larger images are averaged down to about this side in pixels before they are classified: a task, not a photograph."""
 
 _CHECKPOINTS = 4  # equally spaced, the last at the end
-_HELD_OUT = 10  # every tenth generated image is for validation
+_HELD_OUT = 10  # one generated image in ten is for validation
 
 
 class _Residual(nn.Module):
@@ -128,7 +128,7 @@ def classifier_utility(
 ) -> list[UtilityResult]:
     """Trains every architecture from several seeds on generated images and tests each once on real ones.
 
-    Every tenth generated image is kept apart. Of four equally spaced checkpoints of a training, the one with most of
+    A tenth of the generated images, chosen at random, is kept apart. Of four equally spaced checkpoints of a training, the one with most of
     these right is tested. The test images choose nothing.
 
     Formal guarantee: with `private_validation`, which checkpoints are tested is (selection_epsilon, 0)-differentially
@@ -163,7 +163,9 @@ def classifier_utility(
     if private_validation is not None:
         _check(images, labels, *private_validation)
     images, test_images = _small(images), _small(test_images)
-    held_out = torch.arange(len(images)) % _HELD_OUT == _HELD_OUT - 1
+    # At random: every tenth of ten classes in turn would be all images of the tenth class.
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    held_out = order < len(images) // _HELD_OUT
     validation_images, validation_labels = images[held_out], labels[held_out]
     if private_validation is not None:
         validation_images, validation_labels = _small(private_validation[0]), private_validation[1]
