@@ -40,15 +40,13 @@ _CHUNK = 512
 
 @dataclasses.dataclass(frozen=True)
 class RealImages:
-    """Real images as the model takes them.
+    """Real images as the model takes them, from a source with a name for the report.
 
     Attributes:
-        name: where they come from, for the report.
         pixels: (N, C, image_size, image_size) in [-1, 1].
         labels: (N,) integers, or None.
         public: may figures computed from them be published? Only images that nobody protects are.
-        unreadable: images that could not be read and were left out.
-        resized: images of another shape than the model's, brought to it.
+        unreadable, resized: images left out because they could not be read; brought to the model's shape from another.
     """
 
     name: str
