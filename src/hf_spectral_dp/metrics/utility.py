@@ -128,8 +128,8 @@ def classifier_utility(
 ) -> list[UtilityResult]:
     """Trains every architecture from several seeds on generated images and tests each once on real ones.
 
-    A tenth of the generated images, chosen at random, is kept apart. Of four equally spaced checkpoints of a training, the one with most of
-    these right is tested. The test images choose nothing.
+    A tenth of the generated images, chosen at random, is kept apart. Of four equally spaced checkpoints of a training,
+    the one with most of these right is tested. The test images choose nothing.
 
     Formal guarantee: with `private_validation`, which checkpoints are tested is (selection_epsilon, 0)-differentially
     private with respect to these images, under adding or removing one of them: `len(architectures) * seeds` choices by
