@@ -10,17 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 # Points (x, y) in the unit square, y downwards. A point given twice is a corner; otherwise the curve is smooth.
-_RING = [
-    (0.5, 0.0),
-    (0.2, 0.12),
-    (0.08, 0.5),
-    (0.2, 0.88),
-    (0.5, 1.0),
-    (0.8, 0.88),
-    (0.92, 0.5),
-    (0.8, 0.12),
-    (0.5, 0.0),
-]
+_RING = [(0.5, 0.0), (0.2, 0.12), (0.08, 0.5), (0.2, 0.88), (0.5, 1.0), (0.8, 0.88), (0.92, 0.5), (0.8, 0.12), (0.5, 0.0)]
 SKELETONS: dict[int, list[list[list[tuple[float, float]]]]] = {
     0: [
         [_RING],

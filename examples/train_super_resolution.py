@@ -182,7 +182,7 @@ def main() -> None:
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, arguments.learning_rate, arguments.steps + 1)
     judging = torch.optim.Adam(judge.parameters(), lr=4e-4, betas=(0.5, 0.99)) if judge else None
-    average = copy.deepcopy(model)  # of the weights: adversarial training goes round in circles
+    average = copy.deepcopy(model) if judge else model  # adversarial training goes round in circles
     source = batches(images, arguments.batch_size, torch.Generator().manual_seed(arguments.seed), codec is None)
     progress = tqdm(range(arguments.steps), "training")
     for step in progress:
@@ -208,9 +208,10 @@ def main() -> None:
             judging.zero_grad()
             wrong.backward()
             judging.step()
-        with torch.no_grad():
-            for mean, weight in zip(average.parameters(), model.parameters(), strict=True):
-                mean.lerp_(weight, 0.01 if judge and step > warm else 1.0)
+        if judge:
+            with torch.no_grad():
+                for mean, weight in zip(average.parameters(), model.parameters(), strict=True):
+                    mean.lerp_(weight, 0.01 if step > warm else 1.0)
         if step % 50 == 0:
             progress.set_postfix(l1=f"{error.item():.4f}")
     model = average

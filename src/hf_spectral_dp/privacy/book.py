@@ -147,6 +147,11 @@ class Book:
         """Gradients (n, *shape) of some examples each, in order; all uses of a parameter are cut alike."""
         before, now, norms = self._dense.get(parameter), [], []
         for index, piece in enumerate(pieces):
+            if before and before[index].shape != piece.shape:  # by broadcasting, examples would get each other's
+                raise ValueError(
+                    f"per-example gradients of one parameter have shapes {tuple(before[index].shape)} and"
+                    f" {tuple(piece.shape)}: layers of two kinds share it; untie or freeze it."
+                )
             now.append(before[index] + piece if before else piece)
             norms.append(_row_norms(now[-1]))
         self._dense[parameter] = now

@@ -1,7 +1,7 @@
 """Quality of generated images as a metric of the `evaluate` library, loaded from this folder, offline.
 
-metric = evaluate.load("path/to/hf_spectral_dp/metrics/image_quality")
-metric.compute(predictions=generated, references=real)      # lists of Pillow images
+    metric = evaluate.load("path/to/hf_spectral_dp/metrics/image_quality")
+    metric.compute(predictions=generated, references=real)      # lists of Pillow images
 """
 
 from typing import Any
