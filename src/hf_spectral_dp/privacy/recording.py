@@ -18,66 +18,10 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from . import fallback
+from .affine import adapter, affine, as_autocast, is_adapter, plain
 from .book import Book, precise
 
 logger = logging.getLogger(__name__)
-
-
-class _Readers:
-    """Of one tensor that several layers read, as query, key and value projections do.
-
-    The gradients that they send back are added up here, in one piece of memory, and only the last one to be computed
-    returns the sum: autograd would claim memory for each of them and add them up itself.
-    """
-
-    def __init__(self) -> None:
-        self.waiting = 0  # for gradients to send back
-        self.noting = 0  # uses that the book has not seen
-        self.gradient: Tensor | None = None
-
-    def send_back(self, g: Tensor, weight: Tensor, book: Book) -> Tensor | None:
-        """The sum of g W over all readers to the last of them, None to the others."""
-        if self.gradient is None:
-            self.gradient = g @ weight
-        else:
-            self.gradient.view(-1, weight.shape[1]).addmm_(g.reshape(-1, weight.shape[0]), weight)
-        self.waiting -= 1
-        if self.waiting:
-            book.unfinished.add(self)
-            return None
-        book.unfinished.discard(self)
-        total, self.gradient = self.gradient, None
-        return total
-
-
-class _Affine(torch.autograd.Function):
-    """y = x W^T + b, or x W + b if `transposed`; notes instead of returning the gradients of W and b."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, module: nn.Module, book: Book, readers: _Readers
-    ) -> Tensor:
-        ctx.module, ctx.book, ctx.transposed = module, book, not isinstance(module, nn.Linear)
-        ctx.readers = readers
-        ctx.save_for_backward(x, weight)
-        return F.linear(x, weight.T if ctx.transposed else weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        module, book = ctx.module, ctx.book
-        if module.weight.requires_grad:
-            ctx.readers.noting -= 1
-            # Detached: a noted input would keep the graph alive, whose nodes keep the book, which keeps the notes.
-            book.note_affine(module.weight, x.detach(), g, ctx.transposed, last=not ctx.readers.noting)
-        if module.bias is not None and module.bias.requires_grad:
-            book.note_dense(module.bias, g)
-        inner = None
-        if ctx.needs_input_grad[0]:
-            weight = weight.T if ctx.transposed else weight
-            inner = ctx.readers.send_back(g, weight, book) if book.shares_inputs else g @ weight
-        return inner, None, None, None, None, None
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -238,31 +182,9 @@ class _Lookup(torch.autograd.Function):
         return None, None, None, None
 
 
-def _as_autocast(module: Any, x: Tensor) -> tuple[Tensor, Tensor | None, torch.dtype]:
-    """Weight and bias of a module, and the type for its input `x`, as autocast would give them to it."""
-    weight, bias, dtype = module.weight, module.bias, x.dtype
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    return weight, bias, dtype
-
-
-def _affine(module: Any, book: Book, name: str) -> Callable[..., Tensor]:
-    def forward(x: Tensor) -> Tensor:
-        weight, bias, dtype = _as_autocast(module, x)
-        if book.last_read is None or book.last_read[0] is not x:
-            book.last_read = x, book.rows(x, name).to(dtype), _Readers()
-        _, inputs, readers = book.last_read
-        readers.waiting += inputs.requires_grad
-        readers.noting += module.weight.requires_grad
-        return _Affine.apply(inputs, weight, bias, module, book, readers)
-
-    return forward
-
-
 def _convolution(module: Any, book: Book, name: str) -> Callable[..., Tensor]:
     def forward(x: Tensor) -> Tensor:
-        weight, bias, dtype = _as_autocast(module, x)
+        weight, bias, dtype = as_autocast(module, x)
         return _Convolution.apply(book.rows(x, name).to(dtype), weight, bias, module, book)
 
     return forward
@@ -299,28 +221,23 @@ def _rms_norm(module: Any, book: Book, name: str) -> Callable[..., Tensor]:
     return forward
 
 
-def _plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Is it `kind`, with that class's own forward (a quantised or otherwise changed subclass has another)?"""
-    return isinstance(module, kind) and type(module).forward is kind.forward and "forward" not in vars(module)
-
-
 def _rule(module: nn.Module) -> Callable[..., Callable[..., Tensor]] | None:
     """How to record a module that owns trainable parameters, or None if its kind is unknown."""
-    if _plain(module, nn.Linear) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf")):
-        return _affine
-    if _plain(module, nn.Embedding):
+    if plain(module, nn.Linear) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf")):
+        return affine
+    if plain(module, nn.Embedding):
         module_: Any = module
-        plain = module_.max_norm is None and not module_.scale_grad_by_freq and not module_.sparse
-        return _embedding if plain else None
-    if _plain(module, nn.LayerNorm) and module.weight is not None:
+        simple = module_.max_norm is None and not module_.scale_grad_by_freq and not module_.sparse
+        return _embedding if simple else None
+    if plain(module, nn.LayerNorm) and module.weight is not None:
         return _norm
-    if _plain(module, nn.GroupNorm) and module.affine:
+    if plain(module, nn.GroupNorm) and module.affine:
         return _norm
-    if _plain(module, nn.Conv2d):
-        plain_ = module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
-        return _convolution if plain_ else None
+    if plain(module, nn.Conv2d):
+        simple = module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+        return _convolution if simple else None
     one_dimensional = len(getattr(module, "normalized_shape", ())) == 1
-    if (_plain(module, nn.RMSNorm) and one_dimensional) or _is_llama_rms_norm(module):
+    if (plain(module, nn.RMSNorm) and one_dimensional) or _is_llama_rms_norm(module):
         return _rms_norm
     return None
 
@@ -375,6 +292,7 @@ class Recorder:
 
     def __init__(self, model: nn.Module, memory_budget: float = 0):
         self.parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.sharded = any(isinstance(parameter, DTensor) for parameter in self.parameters.values())
         self._memory_budget = memory_budget
         self.shares_inputs = True
         self._batch_norms = [
@@ -398,8 +316,9 @@ class Recorder:
             if rule is not None:
                 self._rules.append((name, module, rule))
                 (tables if rule is _embedding else weights).update(own)
+            elif not own and not self.sharded and is_adapter(module):
+                self._rules.append((name, module, adapter))  # for speed: its parts have rules of their own
         self._tied = frozenset(tables & weights)
-        self.sharded = any(isinstance(parameter, DTensor) for parameter in self.parameters.values())
         if self.sharded:
             self.shares_inputs = False  # mending it takes a second pass, on one process only
             for name, parameter in self.parameters.items():
