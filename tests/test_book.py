@@ -54,9 +54,9 @@ def test_the_head_of_a_tied_model_is_instantiated_where_that_is_cheaper():
 def test_uses_of_a_parameter_that_are_cut_into_other_pieces_are_refused():
     """Added to each other by broadcasting, they would give an example the gradient of another."""
     torch.manual_seed(0)
-    book, weight = Book(3, memory_budget=1e9), nn.Parameter(torch.zeros(600, 600))  # one example fills a piece
-    a, g = torch.randn(3, 1000, 600), torch.randn(3, 1000, 600)
+    book, weight = Book(3, memory_budget=1e9), nn.Parameter(torch.zeros(1100, 1100))  # one example fills a piece
+    a, g = torch.randn(3, 2000, 1100), torch.randn(3, 2000, 1100)
     assert book.instantiates(a, g)
     book.note_affine(weight, a, g)
     with pytest.raises(ValueError, match="layers of two kinds share it"):
-        book.note_dense(weight, torch.randn(3, 600, 600))
+        book.note_dense(weight, torch.randn(3, 1100, 1100))

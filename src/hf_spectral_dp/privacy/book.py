@@ -20,8 +20,8 @@ _FLOPS_PER_FLOAT = {"cpu": (50, 150)}
 _FLOPS_PER_FLOAT_ELSEWHERE = (2000, 0)
 
 # Bytes of instantiated gradients in one piece. Small pieces fit where activations have been freed; for large ones the
-# process would grow. And the norms of a small piece are taken while it is in the cache.
-_PIECE = 1 << 20
+# process would grow. Smaller ones than this save no memory, and many calls for one or two examples each take longer.
+_PIECE = 4 << 20
 
 # Relative rounding that the sensitivity allows for: half of it for the norms, half for the weighted sum.
 SLACK = 1e-5
@@ -87,8 +87,9 @@ class Book:
         if transposed:  # y = a W: the gradient is a^T g, the same sum with the roles exchanged
             a, g = g, a
         # All uses of one weight keep one form: between two forms the cross terms of its norm would be missing.
-        if weight not in self._affine and (weight in self._dense or self.instantiates(a, g, weight in self._tied)):
-            self._add_dense(weight, _instantiated(precise(a), precise(g)))
+        tied = weight in self._tied
+        if weight not in self._affine and (weight in self._dense or self.instantiates(a, g, tied)):
+            self._add_dense(weight, _instantiated(precise(a), precise(g), crossed=not tied and a.shape[2] < 32))
         else:
             # What is noted is alive, so the same place in memory is the same tensor.
             key = (a.data_ptr(), a.shape, a.stride(), a.dtype)
@@ -153,13 +154,15 @@ class Book:
                     f" {tuple(piece.shape)}: layers of two kinds share it; untie or freeze it."
                 )
             now.append(before[index] + piece if before else piece)
-            norms.append(_row_norms(now[-1]))
+            if parameter not in self._tied:  # otherwise what was looked up is yet to be added
+                norms.append(_row_norms(now[-1]))
         self._dense[parameter] = now
-        self._row_norms[parameter] = torch.cat(norms) if len(norms) > 1 else norms[0]
+        if norms:
+            self._row_norms[parameter] = torch.cat(norms) if len(norms) > 1 else norms[0]
 
-    def _add_lookups_to_dense(self, table: nn.Parameter) -> None:
-        """A table that is also a weight of which the gradients are instantiated: what was looked up is added there."""
-        uses, pieces, first = self._lookups.pop(table), self._dense[table], 0
+    def _finish_dense(self, table: nn.Parameter) -> None:
+        """An embedding table of which, as a weight, the gradients are instantiated: adds what was looked up, once."""
+        uses, pieces, first = self._lookups.pop(table, []), self._dense[table], 0
         for piece in pieces:
             these = slice(first, first + len(piece))
             first += len(piece)
@@ -168,7 +171,8 @@ class Book:
                 piece.view(-1, piece.shape[-1]).index_add_(
                     0, (ids[these] + rows).flatten(), g[these].flatten(0, 1).to(piece.dtype)
                 )
-        self._row_norms[table] = torch.cat([_row_norms(piece) for piece in pieces])
+        if uses or table not in self._row_norms:
+            self._row_norms[table] = torch.cat([_row_norms(piece) for piece in pieces])
 
     # -- after it ------------------------------------------------------------------------------------------------
 
@@ -182,8 +186,8 @@ class Book:
         """
         for key in list(self._open):
             self._close(key)
-        for table in [table for table in self._lookups if table in self._dense]:
-            self._add_lookups_to_dense(table)
+        for table in (self._tied | self._lookups.keys()) & self._dense.keys():
+            self._finish_dense(table)
         if self._dense:
             self._squares[1].append(torch.cat(list(self._row_norms.values()), 1).double().square().sum(1))
         for uses in self._affine.values():
@@ -229,8 +233,15 @@ class Book:
         for parameter in list(filter(asked, self._dense)):
             pieces = self._dense.pop(parameter)
             for piece, each in zip(pieces, coefficients.split([len(piece) for piece in pieces]), strict=True):
-                rows, each = cleaned(piece, each == 0).flatten(1), each.to(piece.dtype)
-                if parameter in sums:
+                lying, each = _as_it_lies(piece), each.to(piece.dtype)
+                rows = cleaned(lying, each == 0).flatten(1)
+                if lying is not piece:
+                    total = (each @ rows).view(lying.shape[1:]).T
+                    if parameter in sums:
+                        sums[parameter].view(total.shape).add_(total)
+                    else:
+                        sums[parameter] = total.contiguous().view(parameter.shape)
+                elif parameter in sums:
                     sums[parameter].view(-1).addmv_(rows.T, each)
                 else:
                     sums[parameter] = (each @ rows).view(parameter.shape)
@@ -310,17 +321,39 @@ class _Weighted:
         return self._last
 
 
-def _instantiated(a: Tensor, g: Tensor) -> Iterator[Tensor]:
-    """(n, p, d) gradients of a (B, T, d) and g (B, T, p), of as many examples at a time as one piece may hold."""
-    n = max(1, _PIECE // (a.shape[2] * g.shape[2] * a.element_size()))
+def _instantiated(a: Tensor, g: Tensor, crossed: bool) -> Iterator[Tensor]:
+    """(n, p, d) gradients of a (B, T, d) and g (B, T, p), of as many examples at a time as one piece may hold.
+
+    `crossed` lays them out as (n, d, p): products with few columns, as for an adapter's B, take longer than such with
+    few rows.
+    """
+    most = max(1, _PIECE // (a.shape[2] * g.shape[2] * a.element_size()))
+    n = -(-len(a) // -(-len(a) // most))  # as many pieces, of one size
     for some_a, some_g in zip(a.split(n), g.split(n), strict=True):
-        yield torch.bmm(some_g.transpose(1, 2), some_a)
+        if crossed:
+            yield torch.bmm(some_a.mT, some_g).mT
+        else:
+            yield torch.bmm(some_g.mT, some_a)
+
+
+def _as_it_lies(gradients: Tensor) -> Tensor:
+    """(n, d, p) instead of (n, p, d) where that is the order in memory: to read against the order takes longer."""
+    crossed = gradients.ndim == 3 and not gradients.is_contiguous() and gradients.mT.is_contiguous()
+    return gradients.mT if crossed else gradients
 
 
 def _row_norms(gradients: Tensor) -> Tensor:
-    """(B, m) norms of the rows of gradients (B, *shape). Short sums in float32 are exact enough, long ones are not."""
-    rows = gradients.reshape(len(gradients), -1, gradients.shape[-1] if gradients.ndim > 1 else 1)
-    return torch.linalg.vector_norm(rows, dim=2)
+    """(n, m) norms of parts of gradients (n, *shape), whose squares add up to that of the whole.
+
+    The parts are rows, or several of them: 128 floats and more, because it takes long to add up many short ones. Short
+    sums in float32 are exact enough, long ones are not.
+    """
+    of = _as_it_lies(gradients)
+    width = of.shape[-1] if of.ndim > 1 else 1
+    parts = of[0].numel() // width
+    while width < 128 and parts % 2 == 0:
+        width, parts = 2 * width, parts // 2
+    return torch.linalg.vector_norm(of.reshape(len(of), parts, width), dim=2)
 
 
 def _add_gram(blocks: list[Tensor], tensor: Tensor) -> None:
