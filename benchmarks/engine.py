@@ -3,8 +3,10 @@
 Every method computes the sum of clipped per-example gradients of the same Llama-style model on the same token rows (the
 first, "non-private", the ordinary gradient): forward, backward, clip, sum; no noise, no optimizer. `time_ratio` is the
 median over interleaved rounds of (seconds of the method / seconds of the non-private step of the same round);
-`memory_ratio` compares the peaks of resident memory during a step, weights included. `max_relative_error` is the
-largest distance, over parameters, to the sum from a loop over single examples, relative to that sum's norm.
+`memory_ratio` compares the peaks of resident memory during a step, weights included, each the median of five steps for
+these two (one for rivals). `rounds` says how many there were: a rival that takes twice as long as the ordinary step
+gets two, the others as many as ours. `max_relative_error` is the largest distance, over parameters, to the sum from a
+loop over single examples, relative to that sum's norm.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -215,6 +218,7 @@ METHODS: dict[str, Callable[[nn.Module], Callable[[Tensor], Sums]]] = {
     "opake": opake,
     "one-example loop": loop,
 }
+OURS_AND_PLAIN = ("non-private", "ours")
 
 
 # -- measuring -------------------------------------------------------------------------------------------------------
@@ -249,12 +253,35 @@ def _into(found: Sums, step: Callable[[Tensor], Sums], rows: Tensor) -> None:
     found.update(step(rows))
 
 
-def measure(case: dict, rounds: int, layers: int, tokens: int, device: str, patience: float) -> list[dict]:
+class Effort(NamedTuple):
+    """How much is measured."""
+
+    tokens: int  # per batch
+    rounds: int  # of ours, of the ordinary step, and of rivals that are not settled
+    least: int  # rounds of a rival
+    patience: float  # seconds for all rounds of one rival
+    peaks: int  # of ours and of the ordinary step; the median counts
+    layers: int = 2
+
+
+FULL = Effort(tokens=2048, rounds=9, least=2, patience=60, peaks=5)
+QUICK = Effort(tokens=1536, rounds=7, least=1, patience=0.3, peaks=1)
+
+
+def settled(mine: list[float], plain: list[float], effort: Effort) -> bool:
+    """Whether a rival needs no more rounds: it took twice as long as the ordinary step in all of them, or too long."""
+    if len(mine) < effort.least:
+        return False
+    slow = min(a / b for a, b in zip(mine, plain, strict=False)) > 2
+    return sum(mine) > (0.3 if slow else effort.patience)
+
+
+def measure(case: dict, effort: Effort, device: str) -> list[dict]:
     """One row per method that can run the case."""
-    reference = build(case["d"], case["tied"], case["adapter"], layers, device)
+    reference = build(case["d"], case["tied"], case["adapter"], effort.layers, device)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in reference.parameters())
     generator = torch.Generator().manual_seed(1)
-    rows = torch.randint(1024, (max(1, tokens // case["T"]), case["T"] + 1), generator=generator).to(device)
+    rows = torch.randint(1024, (max(1, effort.tokens // case["T"]), case["T"] + 1), generator=generator).to(device)
     names = {id(parameter): name for name, parameter in trainable(reference).items()}
     expected = loop(reference)(rows)
     steps: dict[str, Callable[[Tensor], Sums]] = {}
@@ -262,10 +289,14 @@ def measure(case: dict, rounds: int, layers: int, tokens: int, device: str, pati
     for method, prepare in METHODS.items():
         try:
             step = prepare(copy.deepcopy(reference))
-            if method in ("non-private", "ours"):
+            close = method in OURS_AND_PLAIN
+            if close:
                 step(rows)  # warms up, for the memory's sake; a rival's peak is warm-up enough
             found: Sums = {}
-            peaks[method] = weights + peak_during(partial(_into, found, step, rows), device)
+            # A process's peak varies by a tenth with the holes that its memory happens to have.
+            times = effort.peaks if close else 1
+            measured = [peak_during(partial(_into, found, step, rows), device) for _ in range(times)]
+            peaks[method] = weights + statistics.median(measured)
         except Exception as error:  # a rival that cannot run a case is a result, too
             failures[method] = f"{type(error).__name__}: {error}".splitlines()[0][:120]
             continue
@@ -277,10 +308,10 @@ def measure(case: dict, rounds: int, layers: int, tokens: int, device: str, pati
             )
     assert len(names) == len(expected)
     seconds: dict[str, list[float]] = {method: [] for method in steps}
-    for number in range(rounds):
-        for method, step in steps.items():
-            if number and method not in ("non-private", "ours") and sum(seconds[method]) > patience:
-                continue  # a round or two show how slow a slow rival is
+    for number in range(effort.rounds):
+        for method, step in list(steps.items())[:: -1 if number % 2 else 1]:  # neighbours change
+            if method not in OURS_AND_PLAIN and settled(seconds[method], seconds["non-private"], effort):
+                continue
             start = time.perf_counter()
             step(rows)
             if device == "cuda":
@@ -327,10 +358,9 @@ def main() -> None:
     parser.add_argument("--out", help="file for the JSON report")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
-    tokens, layers, rounds, patience = (1536, 2, 7, 0.3) if arguments.quick else (2048, 2, 9, 2.0)
     rows = []
     for case in cases(arguments.quick, arguments.device):
-        rows += measure(case, rounds, layers, tokens, arguments.device, patience)
+        rows += measure(case, QUICK if arguments.quick else FULL, arguments.device)
         print(*rows[-len(METHODS) :], sep="\n", flush=True) if not arguments.quick else None
     options = " --quick" * arguments.quick + " --device cuda" * (arguments.device == "cuda")
     write_report("python -m benchmarks.engine" + options, rows, arguments.out)
