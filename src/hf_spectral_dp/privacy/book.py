@@ -53,7 +53,6 @@ class Book:
         self._row_norms: dict[nn.Parameter, Tensor] = {}  # (B, m), norms of the rows of those
         self._affine: dict[nn.Parameter, list[tuple[tuple, Tensor]]] = {}  # key of a (B, T, d), and g (B, T, p)
         self._lookups: dict[nn.Parameter, list[tuple[Tensor, Tensor]]] = {}  # ids (B, T), g (B, T, d)
-        self._summed: dict[nn.Parameter, tuple[Tensor, Tensor, Tensor]] = {}
         self._inputs: dict[tuple, Tensor] = {}  # query, key and value projections share their input: it counts once
         self._open: dict[tuple, list[Tensor]] = {}  # by key of an input, sum of g g^T over its uses so far
         # (B,) each, to be counted twice and once: what squared norms are made of, and of which sizes that was added up
@@ -196,9 +195,7 @@ class Book:
                 inner = torch.bmm(a, b.transpose(1, 2)).mul_(2)
                 self._add_product_sums([inner], [torch.bmm(precise(g), precise(h).transpose(1, 2))])
         for table in self._lookups:
-            example, _, summed = self._summed_lookups(table)
-            each = _row_norms(summed)[:, 0].double().square()
-            self._squares[1].append(each.new_zeros(self.batch_size).index_add_(0, example, each))
+            self._add_lookup_norms(table)
             for key, head in self._affine.get(table, []):
                 self._add_tied_term(table, precise(self._inputs[key]), precise(head))
         total = _twice_and_once(*self._squares, self.batch_size).clamp_min(0)
@@ -255,26 +252,24 @@ class Book:
                     a, g = precise(cleaned(a)), weighted(g)
                 _add_product(sums, weight, g.flatten(0, 1).T, a.flatten(0, 1))
         for table in filter(asked, self._lookups):
-            example, row, summed = self._summed_lookups(table)
-            if table not in sums:
-                sums[table] = summed.new_zeros(table.shape)
-            weights = coefficients.to(summed.dtype)[example, None]
-            if some_bad:
-                summed = summed.masked_fill(bad[example, None], 0)
-            sums[table].index_add_(0, row, summed * weights)
+            for ids, g in self._lookups[table]:
+                rows = weighted(g).flatten(0, 1)
+                if table not in sums:
+                    sums[table] = rows.new_zeros(table.shape)
+                sums[table].index_add_(0, ids.flatten(), rows)
 
-    def _summed_lookups(self, table: nn.Parameter) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of the rows of a table that each example looked up: example (n,), row (n,), gradient (n, d)."""
-        if table in self._summed:
-            return self._summed[table]
+    def _add_lookup_norms(self, table: nn.Parameter) -> None:
+        """What one row of a table got at several positions is one gradient: their sum has to be known."""
         ids = torch.cat([ids for ids, _ in self._lookups[table]], 1)
-        gradients = torch.cat([precise(g) for _, g in self._lookups[table]], 1)
+        g = torch.cat([precise(g) for _, g in self._lookups[table]], 1)
+        if ids.shape[1] <= 32:  # for few positions, all of their inner products take less time than the sums
+            self._add_product_sums([torch.bmm(g, g.mT)], [ids[:, :, None] == ids[:, None]])
+            return
         example = torch.arange(self.batch_size, device=ids.device)[:, None]
         places, index = torch.unique(ids + example * len(table), return_inverse=True)
-        summed = gradients.new_zeros(len(places), gradients.shape[-1])
-        summed.index_add_(0, index.flatten(), gradients.flatten(0, 1))
-        self._summed[table] = places // len(table), places % len(table), summed
-        return self._summed[table]
+        summed = g.new_zeros(len(places), g.shape[-1]).index_add_(0, index.flatten(), g.flatten(0, 1))
+        each = _row_norms(summed).double().square().sum(1)
+        self._squares[1].append(each.new_zeros(self.batch_size).index_add_(0, places // len(table), each))
 
     def _add_tied_term(self, table: nn.Parameter, a: Tensor, head: Tensor) -> None:
         """A table that is also a weight: 2 <E, H> with E the lookups' and H the head's gradient.

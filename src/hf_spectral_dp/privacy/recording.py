@@ -234,8 +234,8 @@ def _rule(module: nn.Module) -> Callable[..., Callable[..., Tensor]] | None:
     if plain(module, nn.GroupNorm) and module.affine:
         return _norm
     if plain(module, nn.Conv2d):
-        simple = module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
-        return _convolution if simple else None
+        usual = module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+        return _convolution if usual else None
     one_dimensional = len(getattr(module, "normalized_shape", ())) == 1
     if (plain(module, nn.RMSNorm) and one_dimensional) or _is_llama_rms_norm(module):
         return _rms_norm
