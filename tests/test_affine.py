@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from hf_spectral_dp.privacy.affine import _Adapted, is_adapter
 from hf_spectral_dp.privacy.clipping import PerExampleClipper
@@ -114,6 +115,16 @@ def test_a_hook_on_a_part_is_called():
         torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_around_adapters(reentrant):
+    model, x = adapted(), torch.randn(4, 7, 6, dtype=torch.float64, requires_grad=True)
+    clipper = PerExampleClipper(model, 0.5)
+    clipper.add(lambda: checkpoint(model, x, use_reentrant=reentrant), 4)
+    expected = looped(model, x, 0.5)
+    for name, value in clipper.take().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-12)
+
+
 def test_dropout_before_an_adapter_is_drawn(monkeypatch):
     model = adapted(lora_dropout=0.5)
     clipper, x = PerExampleClipper(model, 1e9), torch.randn(2, 7, 6, dtype=torch.float64)
@@ -127,8 +138,8 @@ def test_dropout_before_an_adapter_is_drawn(monkeypatch):
 
 def test_under_bfloat16_autocast_sums_stay_in_single_precision():
     model, x = adapted(torch.float32), torch.randn(4, 7, 6)
-    clipper = PerExampleClipper(model, 0.5)
     with torch.autocast("cpu", torch.bfloat16):
+        clipper = PerExampleClipper(model, 0.5)
         clipper.add(lambda: model(x).float(), 4)
     expected = looped(model, x, 0.5)
     for name, value in clipper.take().items():

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from .book import Book
+from .fallback import OwnForward
 
 
 class _Readers:
@@ -165,12 +166,13 @@ def is_adapter(module: nn.Module) -> bool:
     weights = (base.weight, down.weight, up.weight)
     if any(w.requires_grad for w in base.parameters()) or len({(w.dtype, w.device) for w in weights}) > 1:
         return False
-    with torch.no_grad():
-        x = torch.linspace(-1, 2, base.in_features, dtype=base.weight.dtype, device=base.weight.device)[None]
-        others = [torch.linspace(-1, 1, w.numel(), dtype=w.dtype, device=w.device).view_as(w) for w in weights[1:]]
-        names = {part: key for key, part in of.named_modules()}
-        given = {f"{names[part]}.weight": w for part, w in zip((down, up), others, strict=True)}
-        theirs = functional_call(module, given, (x,))
+    device = base.weight.device
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        x = torch.linspace(-1, 2, base.in_features, dtype=base.weight.dtype, device=device)[None]
+        others = [torch.linspace(-1, 1, w.numel(), dtype=w.dtype, device=device).view_as(w) for w in weights[1:]]
+        names = {part: f"module.{key}.weight" for key, part in of.named_modules()}
+        given = {names[part]: w for part, w in zip((down, up), others, strict=True)}
+        theirs = functional_call(OwnForward(module), given, (x,))
         ours = _Adapted.apply(x, base.weight, base.bias, *others, scale, None, None, None)
         return bool(torch.allclose(theirs, ours, rtol=1e-1 if x.dtype == torch.bfloat16 else 1e-4))
 

@@ -47,7 +47,7 @@ def _has_forward(module: nn.Module) -> bool:
 def per_example(module: nn.Module, book: Book, name: str) -> Callable[..., Any]:
     """A forward for `module` that computes the same and notes the per-example gradients of all its parameters."""
     parameters = {key: parameter for key, parameter in module.named_parameters() if parameter.requires_grad}
-    inner = _Inner(module)
+    inner = OwnForward(module)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         leaves, structure = tree_flatten((args, kwargs))
@@ -78,8 +78,8 @@ def per_example(module: nn.Module, book: Book, name: str) -> Callable[..., Any]:
     return forward
 
 
-class _Inner(nn.Module):
-    """Calls the class's forward, past the one that shadows it while gradients are recorded."""
+class OwnForward(nn.Module):
+    """Calls the class's forward, past hooks and past the one that shadows it while gradients are recorded."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
@@ -131,4 +131,4 @@ class _PerExample(torch.autograd.Function):
         return (*[None] * (5 + ctx.count), *inner)
 
 
-__all__ = ["per_example", "units"]
+__all__ = ["OwnForward", "per_example", "units"]
