@@ -134,7 +134,8 @@ def main() -> None:
     model.save_pretrained(arguments.out)
     processor.save_pretrained(arguments.out)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    options = {key: value for key, value in vars(arguments).items() if value not in (None, "")}
+    unused = () if encoder else ("max_text_tokens", "text_dropout")
+    options = {key: value for key, value in vars(arguments).items() if value not in (None, "") and key not in unused}
     codec_arguments = options.pop("codec_arguments", f"--out {arguments.codec} ...")
     card = CARD.format(
         public="digits drawn by examples/public_glyphs.py" if glyphs else arguments.public,

@@ -38,6 +38,14 @@ def test_every_architecture_learns_and_every_class_has_its_result():
         assert by_class == pytest.approx(result.accuracy, abs=1e-3)
 
 
+@pytest.mark.parametrize("order", ["in turn", "one after the other", "shuffled by seed 0"])
+def test_of_every_class_a_tenth_is_kept_apart(order):
+    labels = torch.arange(400) % 10 if order == "in turn" else torch.arange(10).repeat_interleave(40)
+    if order == "shuffled by seed 0":
+        labels = labels[torch.randperm(400, generator=torch.Generator().manual_seed(0))]
+    assert labels[utility._kept_apart(labels)].bincount().tolist() == [4] * 10
+
+
 def test_classes_in_turn_are_all_learned():
     """Ten classes in the order 0 to 9, again and again: what is kept apart must not be one class."""
     labels = torch.arange(400) % 10
