@@ -84,6 +84,10 @@ def evaluate(args: argparse.Namespace) -> None:
         raise ValueError("--show_private, --twin and --validation_split need the training images: give --training.")
     if args.update_card and not Path(args.pipeline).is_dir():
         raise ValueError(f"--update_card changes a local folder, and {args.pipeline!r} is none; download it first.")
+    if args.twin and not Path(args.twin).is_dir():
+        raise ValueError(f"--twin {args.twin} is no folder; name that of the same model trained without privacy.")
+    if bool(args.validation_split) != (args.selection_epsilon is not None):
+        raise ValueError("--validation_split and --selection_epsilon belong together: give both, or neither.")
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out} is a file; name a folder for index.html and assessment.json.")
     if importlib.util.find_spec("matplotlib") is None:
