@@ -374,7 +374,7 @@ def for_the_card(assessment: Assessment, report: Mapping[str, Any]) -> dict[str,
     rows = []
     for row in assessment.quality:
         if row["value"] is not None:
-            note = f"{_BETTER[row['better']]}; {row['note']}".rstrip("; ")
+            note = f"{_BETTER[row['better']]}; 95 % interval; {row['note']}".rstrip("; ")
             if row["floor"] is not None:
                 note = f"real images score {row['floor']:.4g}; {note}"
             figures = {key: _short(row[key]) for key in ("value", "low", "high")}
@@ -383,7 +383,7 @@ def for_the_card(assessment: Assessment, report: Mapping[str, Any]) -> dict[str,
     for result in assessment.utility:
         metric = f"accuracy on real images of a classifier trained on generated ones ({result.architecture})"
         figures = {"value": result.accuracy, "low": result.low, "high": result.high}
-        note = f"mean of {len(result.accuracies)}, standard deviation {result.spread:.4f}"
+        note = f"mean of {len(result.accuracies)}, standard deviation {result.spread:.4f}; 95 % interval"
         chosen_privately = assessment.selection_epsilon is not None
         rows.append({"metric": metric, **figures, "n": result.n, "note": note, "private": private or chosen_privately})
     utility = [row | {"dataset": assessment.real["name"], "accounted": not row["private"]} for row in rows]
