@@ -291,7 +291,9 @@ def main() -> None:
         for method, some in found.items():
             rows += rows_of(method, name, some, len(images) // 2)
         rows += agreement_rows(name, {method: some[:1] for method, some in found.items()})
-    command = f"python -m benchmarks.features --images {' '.join(names)} --count {count} --draws {draws}"
+    command = f"python -m benchmarks.features --images {' '.join(names)} --label_column"
+    command += f" {' '.join(arguments.label_column)} --size {' '.join(map(str, arguments.size))}"
+    command += f" --count {count} --draws {draws}"
     command += " --quick" * arguments.quick + " --reference" * arguments.reference
     write_report(command, rows, arguments.out)
 

@@ -27,6 +27,10 @@ PIVOTS = {
 }
 
 
+# Of tables with hundreds of rows: only rows with one of these keys, which judge the others.
+VERDICTS = {"features": ("ordered", "rank_correlation")}
+
+
 def cell(value: Any) -> str:
     """A value as it stands in a table: four digits, nothing that Markdown would take for its own."""
     if isinstance(value, bool):
@@ -71,6 +75,9 @@ def section(path: Path) -> str:
         names, across, figures = PIVOTS[path.stem]
         for figure in figures:
             lines += [f"`{figure}`:", pivoted(rows, names, across, figure)]
+    elif path.stem in VERDICTS:
+        shown = [row for row in rows if any(key in row for key in VERDICTS[path.stem])]
+        lines += [f"The {len(shown)} of {len(rows)} rows that judge; the others are in the source.", table(shown)]
     else:
         lines.append(table(rows))
     lines += [f"![{picture.stem}](results/{picture.name})" for picture in sorted(RESULTS.glob(f"{path.stem}*.png"))]

@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hf_spectral_dp import DPSpectralPipeline
-from hf_spectral_dp.assessment import draw_images, read_real_images
+from hf_spectral_dp.assessment import draw_images
 from hf_spectral_dp.image_sources import load_images
 from hf_spectral_dp.metrics.utility import classifier_accuracy
+from hf_spectral_dp.real_images import read_real_images
 from hf_spectral_dp.super_resolution import upscale_to
 from hf_spectral_dp.token_store import TokenStore
 

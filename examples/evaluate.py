@@ -23,6 +23,7 @@ A pipeline without a privacy card is refused, unless `--public_model NAME` says 
 """
 
 import argparse
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_spectral_dp import DPSpectralPipeline, PrivacyCard
-from hf_spectral_dp.assessment import RealImages, assess, for_the_card, read_real_images
+from hf_spectral_dp.assessment import assess, for_the_card
 from hf_spectral_dp.image_sources import load_images
 from hf_spectral_dp.metrics.features import load_extractor
-from hf_spectral_dp.released_files import REPORT_NAME
+from hf_spectral_dp.real_images import RealImages, read_real_images
+from hf_spectral_dp.released_files import README_NAME, REPORT_NAME
 from hf_spectral_dp.report import write_report
 
 
@@ -69,19 +71,45 @@ def parsed() -> argparse.Namespace:
 
 
 def main() -> None:
-    args = parsed()
+    try:
+        evaluate(parsed())
+    except (OSError, ValueError, ImportError) as error:
+        raise SystemExit(f"evaluate.py: {error}") from error
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Measures, then writes the page and, if asked, the card; raises before it draws an image where it can."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if (args.show_private or args.twin or args.validation_split) and not args.training:
-        raise SystemExit("--show_private, --twin and --validation_split need the training images: give --training.")
+        raise ValueError("--show_private, --twin and --validation_split need the training images: give --training.")
     if args.update_card and not Path(args.pipeline).is_dir():
-        raise SystemExit(f"--update_card changes a local folder, and {args.pipeline!r} is none; download it first.")
+        raise ValueError(f"--update_card changes a local folder, and {args.pipeline!r} is none; download it first.")
+    if args.twin and not Path(args.twin).is_dir():
+        raise ValueError(f"--twin {args.twin} is no folder; name that of the same model trained without privacy.")
+    if bool(args.validation_split) != (args.selection_epsilon is not None):
+        raise ValueError("--validation_split and --selection_epsilon belong together: give both, or neither.")
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a file; name a folder for index.html and assessment.json.")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("the report draws with matplotlib; pip install 'hf-spectral-dp[report]'.")
     folder = args.pipeline if Path(args.pipeline).is_dir() else DPSpectralPipeline.download(args.pipeline)
+    carded = (Path(folder) / REPORT_NAME).exists()
+    if not carded and not args.public_model:
+        raise ValueError(
+            f"{folder} has no privacy card ({REPORT_NAME}); restore it, or say --public_model NAME if only public"
+            " images made the model."
+        )
     card = None if args.public_model else PrivacyCard.load(folder)
-    if card is None and (Path(folder) / REPORT_NAME).exists():
-        raise SystemExit(f"{folder} has a privacy card, so it is no public model; leave out --public_model.")
+    if card is None and carded:
+        raise ValueError(f"{folder} has a privacy card, so it is no public model; leave out --public_model.")
     if card is None and (args.update_card or args.training):
-        raise SystemExit("--update_card and --training are for models of private images; leave out --public_model.")
+        raise ValueError("--update_card and --training are for models of private images; leave out --public_model.")
+    # What the page and a new card say of these weights, the old card must say with truth.
+    if card is not None and (contradictions := card.verify(folder)):
+        raise ValueError(f"{folder} is not what its card says, so it is not measured: {' '.join(contradictions)}")
+    extractor = load_extractor(args.extractor, device=device)
     pipeline = DPSpectralPipeline.from_pretrained(folder).to(device)
+    twin = AutoModelForCausalLM.from_pretrained(args.twin).to(device) if args.twin else None
 
     def read(source: str, split: str, **more: Any) -> RealImages:
         columns = {"image_column": args.image_column, "label_column": args.label_column, "limit": args.limit}
@@ -93,10 +121,10 @@ def main() -> None:
         pipeline,
         read(args.real, args.split, public=args.real_is_public),
         training=read(args.training, args.training_split) if args.training else None,
-        twin=AutoModelForCausalLM.from_pretrained(args.twin).to(device) if args.twin else None,
+        twin=twin,
         private_validation=read(args.training, args.validation_split) if args.validation_split else None,
         selection_epsilon=args.selection_epsilon,
-        extractor=load_extractor(args.extractor, device=device),
+        extractor=extractor,
         num_images=args.num_images,
         seeds=args.trainings,
         steps=args.steps,
@@ -104,9 +132,13 @@ def main() -> None:
         seed=args.seed,
     )
     if card is not None and args.update_card:
-        card = PrivacyCard(for_the_card(assessment, card.report)).save(folder)
+        card = PrivacyCard(for_the_card(assessment, card.report))
     report = None if card is None else card.report
-    print(f"report  {write_report(assessment, report, args.out, args.public_model)}")
+    page = write_report(assessment, report, args.out, args.public_model)
+    if card is not None and args.update_card:  # last: a report that cannot be written leaves the card as it was
+        card.save(folder)
+        print(f"card    {Path(folder) / README_NAME}")
+    print(f"report  {page}")
 
 
 if __name__ == "__main__":

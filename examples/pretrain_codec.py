@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from hf_spectral_dp import SpectralConfig, SpectralImageProcessor, SpectralTokenizerForCausalLM
-from hf_spectral_dp.image_sources import UndecodableImageError, decode_image, load_images
+from hf_spectral_dp.image_sources import UndecodableImageError, decode_image, load_images, undecoded
 
 
 def public_images(source: str, split: str, column: str, count: int, seed: int) -> list:
@@ -24,7 +24,7 @@ def public_images(source: str, split: str, column: str, count: int, seed: int) -
 
         return list(render_digits(count, seed)[0])
     found = []
-    for row in load_images(source, split):
+    for row in undecoded(load_images(source, split)):
         try:
             found.append(decode_image(row[column]))
         except UndecodableImageError:

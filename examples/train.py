@@ -201,6 +201,7 @@ def main() -> None:
     print(f"pipeline       {folder}")
     print(f"card           {folder / 'README.md'}  (check it: hf-spectral-dp verify {folder})")
     print(f"samples        {folder / 'samples.png'}")
+    print(f"measure it     examples/evaluate.py --pipeline {folder} --update_card (no attack was tried on it so far)")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_spectral_dp import SpectralImageProcessor
-from hf_spectral_dp.image_sources import UndecodableImageError, decode_image, load_images
+from hf_spectral_dp.image_sources import UndecodableImageError, decode_image, load_images, undecoded
 from hf_spectral_dp.metrics.public_features import PublicFeatureConfig, PublicFeatureNetwork
 
 CARD = """---
@@ -52,7 +52,7 @@ def public_images(
     """uint8 images (n, 3, size, size) and their labels, in a random order that is the same every time."""
     processor = SpectralImageProcessor(image_size=size, num_channels=3)
     pixels, labels = [], []
-    for row in load_images(source, split):
+    for row in undecoded(load_images(source, split)):
         try:
             image = processor(decode_image(row[image_column]))["pixel_values"]
         except UndecodableImageError:

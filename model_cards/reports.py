@@ -21,8 +21,9 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageToImage
 
 from hf_spectral_dp import DPSpectralPipeline
-from hf_spectral_dp.assessment import assess, read_real_images
+from hf_spectral_dp.assessment import assess
 from hf_spectral_dp.image_sources import load_images
+from hf_spectral_dp.real_images import read_real_images
 from hf_spectral_dp.released_files import hash_released
 from hf_spectral_dp.report import FIGURES_NAME, PAGE_NAME, write_report
 

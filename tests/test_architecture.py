@@ -20,6 +20,7 @@ ORDER = [
     "modeling_spectral",
     "image_processing_spectral",
     "image_sources",
+    "real_images",
     "whole_files",
     "text_encoder",
     "privacy",

@@ -1,5 +1,6 @@
 """An assessment measures what it says, lists every look at private images, and its figures fit onto the card."""
 
+import dataclasses
 import json
 from functools import cache
 
@@ -15,7 +16,9 @@ from hf_spectral_dp import (
     SpectralImageProcessor,
     SpectralTokenizerForCausalLM,
 )
-from hf_spectral_dp.assessment import Assessment, RealImages, assess, for_the_card, read_real_images
+from hf_spectral_dp.assessment import Assessment, assess, for_the_card
+from hf_spectral_dp.real_images import RealImages, read_real_images
+from hf_spectral_dp.report import render_report
 from hf_spectral_dp.super_resolution import SpectralSuperResolution, SpectralSuperResolutionConfig
 
 
@@ -94,6 +97,19 @@ def test_looks_at_private_images_are_listed_and_public_ones_are_none(owners, str
     assert strangers.panel is None and not strangers.leakage and "owner" in strangers.left_out["memorisation"]
 
 
+def test_a_test_that_misses_copies_gives_no_verdict(owners, strangers):
+    leak = owners.leakage["this model"]
+    blind = dataclasses.replace(leak, copies_noticed=leak.copying)
+    noticed = dataclasses.replace(leak.copying, share_p=1e-9)
+    seeing = dataclasses.replace(leak, copies_noticed=noticed)
+    copied = dataclasses.replace(blind, copying=noticed)
+    assert [some.verdict for some in (blind, seeing, copied)] == ["unknown", "none", "signs"]
+    for some, said in ((blind, "no verdict: copies that were put in"), (seeing, "no sign of copying")):
+        card = for_the_card(dataclasses.replace(owners, leakage={"this model": some}), report())
+        assert said in next(row["note"] for row in card["audit"] if "neighbours" in row["attack"])
+    assert "cannot tell" in render_report(dataclasses.replace(owners, leakage={"this model": blind}), report())
+
+
 def test_figures_are_plain_and_hold_no_picture(owners):
     text = json.dumps(owners.to_dict(), allow_nan=False)
     figures = json.loads(text)
@@ -154,6 +170,10 @@ def test_what_cannot_be_measured_is_said():
         assess(pipeline, real_images(100, 0), show_private=True)
     with pytest.raises(ValueError, match="give training"):
         assess(pipeline, real_images(100, 0), twin=pipeline.model)
+    other = SpectralConfig(image_size=16, num_channels=1, levels=2, patch_sizes=[2, 2], codebook_sizes=[8, 8])
+    for twin in (torch.nn.Linear(1, 1), SpectralTokenizerForCausalLM(other)):
+        with pytest.raises(ValueError, match="of other tokens than the model"):
+            assess(pipeline, real_images(100, 0), training=real_images(100, 1), twin=twin)
     with pytest.raises(ValueError, match="num_images=49"):
         assess(pipeline, real_images(100, 0), num_images=49)
     unlabelled = RealImages("noise", real_images(99, 0).pixels, None, False, 0)

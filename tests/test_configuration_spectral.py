@@ -1,6 +1,8 @@
 """Configuration: derived fields follow from the layout, also after loading; errors come before a model."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
@@ -63,6 +65,46 @@ def test_saved_and_loaded(tmp_path, load):
     assert {name: getattr(again, name) for name in FIELDS} == FIELDS
     assert again.layout == config.layout
     assert_derived_fields_agree(again)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda config: setattr(config, "patch_sizes", [3, 2, 2]), r"patch_sizes\[0\]=3 does not divide the side 4"),
+        (lambda config: config.patch_sizes.append(2), r"patch_sizes=\[2, 2, 2, 2\] and codebook_sizes=.*same length"),
+        (lambda config: setattr(config, "levels", 2), r"max_position_embeddings=25, but the other fields make it 97"),
+        (lambda config: setattr(config, "num_classes", 3), "vocab_size=1025, but the other fields make it 1028: .*new"),
+    ],
+)
+def test_what_could_not_be_loaded_again_is_not_saved(tmp_path, change, message):
+    """Scales that do not fit are refused at construction; a field changed later on, before anything is written."""
+    config = SpectralConfig()
+    change(config)
+    with pytest.raises(ValueError, match=message):
+        config.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_registering_again_changes_nothing():
+    """A notebook that reloads the package, or imports it anew, still finds its own classes under their name."""
+    code = (
+        "import importlib, sys\n"
+        "import hf_spectral_dp\n"
+        "from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM\n"
+        "importlib.reload(hf_spectral_dp)\n"
+        "for anew in (False, True):\n"
+        "    if anew:\n"
+        "        for name in [name for name in sys.modules if name.split('.')[0] == 'hf_spectral_dp']:\n"
+        "            del sys.modules[name]\n"
+        "        import hf_spectral_dp\n"
+        "    config = AutoConfig.for_model('spectral_tokenizer', num_classes=2, num_hidden_layers=1)\n"
+        "    assert type(config) is hf_spectral_dp.SpectralConfig, anew\n"
+        "    model = AutoModelForCausalLM.from_config(config)\n"
+        "    assert type(model) is hf_spectral_dp.SpectralTokenizerForCausalLM, anew\n"
+        "print('the same')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.stdout == "the same\n", done.stderr
 
 
 def test_auto_config_makes_one():

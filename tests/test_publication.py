@@ -79,6 +79,17 @@ def test_a_pipeline_is_uploaded_with_its_card_and_whole(saved, hub):
     assert all(content == (saved / name).read_bytes() for name, content in hub.items())
 
 
+def test_publishing_again_changes_nothing(saved, hub):
+    publish(saved, "me/digits")
+    first = dict(hub)
+    files = {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()}
+    pipeline = DPSpectralPipeline.from_pretrained(saved)
+    for again in (publish, lambda folder, name: pipeline.push_to_hub(name)):
+        assert again(saved, "me/digits") == "commit to me/digits"
+        assert hub == first
+    assert {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()} == files
+
+
 def test_private_files_beside_it_are_never_uploaded(saved, hub):
     for name in PRIVATE:
         if ".." not in name and not name.startswith("README.md/"):

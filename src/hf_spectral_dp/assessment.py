@@ -6,14 +6,12 @@ listed, and whether a guarantee covers it: most do not, since measuring is anoth
 """
 
 import dataclasses
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .image_sources import UndecodableImageError, decode_image
 from .metrics.evaluation import Row, evaluate_images
 from .metrics.features import FeatureExtractor
 from .metrics.membership import MembershipResult, auroc_limit, membership_inference
@@ -28,7 +26,9 @@ from .metrics.memorisation import (
     pixel_features,
 )
 from .metrics.utility import UtilityResult, classifier_utility
+from .modeling_spectral import SpectralTokenizerForCausalLM
 from .pipeline_spectral import DPSpectralPipeline
+from .real_images import RealImages
 from .super_resolution import upscale_to
 
 _SHOWN = 60  # samples on the page
@@ -38,73 +38,12 @@ _COPIES = 0.03  # of the generated images, put in to see whether copies would be
 _CHUNK = 512
 
 
-@dataclasses.dataclass(frozen=True)
-class RealImages:
-    """Real images as the model takes them, from a source with a name for the report.
-
-    Attributes:
-        pixels: (N, C, image_size, image_size) in [-1, 1].
-        labels: (N,) integers, or None.
-        public: may figures computed from them be published? Only images that nobody protects are.
-        unreadable, resized: images left out because they could not be read; brought to the model's shape from another.
-    """
-
-    name: str
-    pixels: Tensor
-    labels: Tensor | None
-    public: bool
-    unreadable: int
-    resized: int = 0
-
-
-def read_real_images(
-    rows: Iterable[Mapping[str, Any]],
-    processor: Any,
-    name: str,
-    *,
-    image_column: str = "image",
-    label_column: str | None = None,
-    public: bool = False,
-    limit: int | None = 10_000,
-) -> RealImages:
-    """The first `limit` rows (None: all) of a data set as `image_sources.load_images` gives them, less broken images.
-
-    Images of any sizes are brought to the model's side by `processor`, as in training.
-
-    Raises:
-        ValueError: no row has the column, a label is no integer from 0, or no image can be read.
-    """
-    parts, labels, waiting, unreadable, resized = [], [], [], 0, 0
-    side = processor.image_size - 2 * processor.pad
-    for count, row in enumerate(rows):
-        if count == limit:
-            break
-        for column in (image_column, *([label_column] if label_column else [])):
-            if column not in row:
-                raise ValueError(f"{name} has no column {column!r}; it has {', '.join(map(str, row))}.")
-        try:
-            image = decode_image(row[image_column])
-        except UndecodableImageError:
-            unreadable += 1
-            continue
-        if label_column:
-            label = row[label_column]
-            if isinstance(label, bool) or not isinstance(label, int) or label < 0:
-                raise ValueError(f"{name}: label {label!r} in row {count} is no integer from 0; map labels to numbers.")
-            labels.append(label)
-        resized += image.size != (side, side)
-        waiting.append(image)
-        if len(waiting) == _CHUNK:
-            parts.append(processor(waiting)["pixel_values"])
-            waiting = []
-    if waiting:
-        parts.append(processor(waiting)["pixel_values"])
-    if not parts:
-        raise ValueError(f"{name} holds no image that can be read ({unreadable} broken); check the source and column.")
-    if unreadable:
-        warnings.warn(f"{name}: {unreadable} images could not be read and were left out.", stacklevel=2)
-    labelled = torch.tensor(labels) if label_column else None
-    return RealImages(name, torch.cat(parts), labelled, public, unreadable, resized)
+VERDICTS = {
+    "signs": "signs of copying",
+    "none": "no sign of copying",
+    "unknown": "no verdict: copies that were put in were not noticed either; give more generated and held-out images",
+}
+_BETTER = {"lower": "lower is better", "higher": "higher is better", "floor": "the nearer to real images the better"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +60,11 @@ class Leakage:
     copies_noticed: CopyingResult
     membership: list[MembershipResult]
     extraction: ExtractionResult
+
+    @property
+    def verdict(self) -> str:
+        """A key of `VERDICTS`: a test that would not notice copies cannot say that there are none."""
+        return "signs" if self.copying.flagged else "none" if self.copies_noticed.flagged else "unknown"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +125,7 @@ class Assessment:
 
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        properties = {name: getattr(value, name) for name in ("flagged", "caught") if hasattr(value, name)}
+        properties = {name: getattr(value, name) for name in ("flagged", "caught", "verdict") if hasattr(value, name)}
         return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)} | properties
     if isinstance(value, Mapping):
         return {name: _plain(item) for name, item in value.items()}
@@ -217,7 +161,8 @@ def assess(
         seed: of the generated images.
 
     Raises:
-        ValueError: sizes that do not fit together, or private pictures without the training images.
+        ValueError: sizes, classes or models that do not fit together, or private pictures without the training images.
+            All of that comes before an image is drawn.
     """
     if show_private and training is None:
         raise ValueError("show_private=True shows training images beside generated ones; give training as well.")
@@ -226,6 +171,12 @@ def assess(
     config = pipeline.model.config
     if num_images < max(config.num_classes, 50):
         raise ValueError(f"num_images={num_images} is too small; use at least 50, and one per class.")
+    if seeds < 1 or steps < 1:
+        raise ValueError(f"seeds={seeds} trainings of steps={steps} make no classifier; give at least 1 of each.")
+    for given in filter(None, (real, training, private_validation)):
+        given.check_fits(config)
+    if twin is not None:
+        _with_model(pipeline, twin)
     left_out: dict[str, str] = {}
     images, labels = draw_images(pipeline, pipeline.model, num_images, seed)
     crop = pipeline.image_processor.postprocess
@@ -307,10 +258,7 @@ def draw_images(
     pipeline: DPSpectralPipeline, model: Any, count: int, seed: int, batch_size: int = _CHUNK
 ) -> tuple[Tensor, Tensor | None]:
     """`count` images of `model` in [-1, 1] through the rest of the pipeline, class by class, and their labels."""
-    names = ("guidance_scale", "temperature", "top_k", "top_p")
-    sampling = {name: pipeline.config[name] for name in names}
-    chain = DPSpectralPipeline(model, pipeline.image_processor, pipeline.super_resolution, **sampling)
-    chain.set_progress_bar_config(disable=True)
+    chain = _with_model(pipeline, model)
     classes = model.config.num_classes
     labels = torch.arange(count) * classes // count if classes else None
     generator = torch.Generator(model.device.type).manual_seed(seed)
@@ -319,6 +267,20 @@ def draw_images(
         batch_size=batch_size,
     )  # fmt: skip
     return drawn.images.cpu() * 2 - 1, labels
+
+
+def _with_model(pipeline: DPSpectralPipeline, model: Any) -> DPSpectralPipeline:
+    """The pipeline with another model in it, for instance a twin; raises ValueError if that does not fit."""
+    if not isinstance(model, SpectralTokenizerForCausalLM) or model.config.layout != pipeline.model.config.layout:
+        raise ValueError(
+            f"the twin is a {type(model).__name__} of other tokens than the model; give the same model, trained on the"
+            " same images without privacy."
+        )
+    names = ("guidance_scale", "temperature", "top_k", "top_p")
+    sampling = {name: pipeline.config[name] for name in names}
+    chain = DPSpectralPipeline(model, pipeline.image_processor, pipeline.super_resolution, **sampling)
+    chain.set_progress_bar_config(disable=True)
+    return chain
 
 
 def _strips(pipeline: DPSpectralPipeline, seed: int) -> list[tuple[str, Tensor]]:
@@ -412,7 +374,7 @@ def for_the_card(assessment: Assessment, report: Mapping[str, Any]) -> dict[str,
     rows = []
     for row in assessment.quality:
         if row["value"] is not None:
-            note = f"{row['better']} is better; {row['note']}".rstrip("; ")
+            note = f"{_BETTER[row['better']]}; 95 % interval; {row['note']}".rstrip("; ")
             if row["floor"] is not None:
                 note = f"real images score {row['floor']:.4g}; {note}"
             figures = {key: _short(row[key]) for key in ("value", "low", "high")}
@@ -421,7 +383,7 @@ def for_the_card(assessment: Assessment, report: Mapping[str, Any]) -> dict[str,
     for result in assessment.utility:
         metric = f"accuracy on real images of a classifier trained on generated ones ({result.architecture})"
         figures = {"value": result.accuracy, "low": result.low, "high": result.high}
-        note = f"mean of {len(result.accuracies)}, standard deviation {result.spread:.4f}"
+        note = f"mean of {len(result.accuracies)}, standard deviation {result.spread:.4f}; 95 % interval"
         chosen_privately = assessment.selection_epsilon is not None
         rows.append({"metric": metric, **figures, "n": result.n, "note": note, "private": private or chosen_privately})
     utility = [row | {"dataset": assessment.real["name"], "accounted": not row["private"]} for row in rows]
@@ -468,7 +430,7 @@ def _audit_rows(assessment: Assessment, claim: Mapping[str, Any]) -> list[dict[s
                 "control_shown": control.share,
                 "control_caught": control.flagged,
                 "verdict": "evidence only",
-                "note": ("signs of copying" if found.flagged else "no sign of copying") + f". {EVIDENCE}",
+                "note": f"{VERDICTS[leak.verdict]}. {EVIDENCE}",
             }
         )
         twin = assessment.leakage.get("without privacy")
@@ -496,4 +458,4 @@ def _audit_rows(assessment: Assessment, claim: Mapping[str, Any]) -> list[dict[s
     return rows
 
 
-__all__ = ["Assessment", "Leakage", "Panel", "RealImages", "assess", "draw_images", "for_the_card", "read_real_images"]
+__all__ = ["VERDICTS", "Assessment", "Leakage", "Panel", "assess", "draw_images", "for_the_card"]

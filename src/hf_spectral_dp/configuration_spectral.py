@@ -1,7 +1,7 @@
 """Configuration of the spectral tokenizer model: the codec's layout and the causal transformer's size."""
 
 from dataclasses import field
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
@@ -71,10 +71,8 @@ class SpectralConfig(LlamaConfig):
             )
         if not 0 <= self.text_dropout < 1:
             raise ValueError(f"text_dropout={self.text_dropout} must be in [0, 1); 0.1 is usual.")
-        layout = self.layout
-        self.vocab_size = layout.codes + self.num_classes + 1
-        self.max_position_embeddings = self.text_slots + layout.length + 1
-        self.bos_token_id = self.null_token_id
+        for name, value in self._derived().items():
+            setattr(self, name, value)
         self.eos_token_id = None
         self.pad_token_id = None
         super().__post_init__(**kwargs)
@@ -84,6 +82,29 @@ class SpectralConfig(LlamaConfig):
         """As in transformers, but overrides (`from_pretrained(path, num_classes=3)`) reach the derived fields too."""
         overrides = {name: kwargs.pop(name) for name in SpectralConfig.__annotations__ if name in kwargs}
         return super().from_dict({**config_dict, **overrides}, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As in transformers, but a configuration that could not be loaded again is not saved.
+
+        Raises:
+            ValueError: fields were changed after construction, to values that do not fit each other or the model.
+        """
+        for name, expected in self._derived().items():  # `layout` refuses scales that do not fit
+            if (value := getattr(self, name)) != expected:
+                raise ValueError(
+                    f"{name}={value}, but the other fields make it {expected}: one was changed after construction, when"
+                    " the model had its shape; make a new SpectralConfig with all fields."
+                )
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def _derived(self) -> dict[str, int]:
+        """What the other fields make of the fields of the backbone."""
+        layout = self.layout
+        return {
+            "vocab_size": layout.codes + self.num_classes + 1,
+            "max_position_embeddings": self.text_slots + layout.length + 1,
+            "bos_token_id": self.null_token_id,
+        }
 
     @property
     def layout(self) -> TokenLayout:

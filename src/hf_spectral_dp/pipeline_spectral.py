@@ -284,7 +284,7 @@ class DPSpectralPipeline(DiffusionPipeline):
             >>> pipe(class_labels=[3, 7], num_images=4).images[0].save("three.png")  # doctest: +SKIP
         """
         # 1. Check everything before the first token.
-        config, device = self.model.config, self._execution_device
+        config = self.model.config
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type={output_type!r} is unknown; use one of {', '.join(OUTPUT_TYPES)}.")
         if isinstance(upscaling, str) and upscaling not in UPSCALING_MODES:
@@ -298,13 +298,13 @@ class DPSpectralPipeline(DiffusionPipeline):
             num_images = num_images_per_prompt
         if num_images < 1 or batch_size < 1:
             raise ValueError(f"num_images={num_images} and batch_size={batch_size} must be at least 1.")
-        if generator is not None and not (
-            isinstance(generator, torch.Generator) and generator.device.type == device.type
-        ):
-            raise ValueError(
-                f"generator={generator!r} must be one torch.Generator on the pipeline's device; use"
-                f" torch.Generator({device.type!r})."
-            )
+        if generator is not None:
+            device = self._execution_device.type  # diffusers walks through all modules for it
+            if not isinstance(generator, torch.Generator) or generator.device.type != device:
+                raise ValueError(
+                    f"generator={generator!r} must be one torch.Generator on the pipeline's device; use"
+                    f" torch.Generator({device!r})."
+                )
         if self.model.training:  # with gradient checkpointing, training mode drops the key-value cache without an error
             raise ValueError("model.training=True, but sampling needs evaluation mode; call `pipe.model.eval()` first.")
         if output_type == "latent":

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from .card import PrivacyCard
 from .released_files import README_NAME, REPORT_NAME, SAMPLES_NAME, is_public, public_files
@@ -85,17 +86,29 @@ def fetch(
 
     Returns:
         The local folder.
+
+    Raises:
+        FileNotFoundError: no Hub id; or not here, and the Hub cannot be reached.
+        OSError: the Hub refuses, or knows no such repository.
     """
-    return snapshot_download(
-        repo_id,
-        revision=revision,
-        token=token,
-        cache_dir=cache_dir,
-        force_download=force_download,
-        local_files_only=local_files_only,
-        allow_patterns=[*_WANTED, "*.py"] if with_code else _WANTED,
-        ignore_patterns=_UNWANTED,
-    )
+    if repo_id.count("/") != 1 or not all(repo_id.split("/")):
+        raise FileNotFoundError(f"{repo_id!r} is neither a folder that exists nor a Hub id (owner/name); name either.")
+    try:
+        return snapshot_download(
+            repo_id,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+            allow_patterns=[*_WANTED, "*.py"] if with_code else _WANTED,
+            ignore_patterns=_UNWANTED,
+        )
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{repo_id!r} is no folder here, was not downloaded before, and was not fetched from the Hub now; check the"
+            f" name and the connection. {error}"
+        ) from error
 
 
 def strangers(repo_id: str, folder: str | Path, *, revision: str | None = None, token: str | None = None) -> list[str]:

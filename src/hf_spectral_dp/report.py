@@ -232,7 +232,8 @@ def _percent(value: float) -> str:
 
 def _chance(p: float) -> str:
     """How often chance brings as much: a p-value."""
-    return "p < 0.0001" if p < 1e-4 else f"p = {p:.2g}" if p < 0.1 else f"p = {p:.2f}"
+    shown = "p < 0.0001" if p < 1e-4 else f"p = {p:.2g}" if p < 0.1 else f"p = {p:.2f}"
+    return shown.replace(" ", "\N{NO-BREAK SPACE}")
 
 
 __all__ = ["FIGURES_NAME", "PAGE_NAME", "render_report", "write_report"]

@@ -195,7 +195,8 @@ class Upscaler:
 
     def _whole(self, images: Tensor) -> Tensor:
         (height, width), channels = images.shape[-2:], images.shape[1]
-        padded = F.pad(images, (0, -width % self.multiple, 0, -height % self.multiple), mode="replicate")
+        missing = (0, -width % self.multiple, 0, -height % self.multiple)
+        padded = F.pad(images, missing, mode="replicate") if any(missing) else images
         repeated = self.channels == 3 and channels == 1
         result = self.run(padded.expand(-1, 3, -1, -1) if repeated else padded)
         expected = (len(images), *padded.shape[1:2], padded.shape[2] * self.scale, padded.shape[3] * self.scale)

@@ -25,12 +25,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 from datasets import ClassLabel, Dataset
-from datasets import Image as ImageFeature
 from tqdm.auto import tqdm
 
 from .captions import Captions, CaptionWriter, captions_of
 from .codec import codec_fingerprint
-from .image_sources import decode_batch, load_images
+from .image_sources import decode_batch, load_images, undecoded
 from .privacy.units import FirstRows
 from .text_encoder import check_text_encoder
 
@@ -292,12 +291,9 @@ def _total(dataset: Any) -> int | None:
 def _examples(dataset: Any, columns: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
     """(image, label, captions, person). Images of a `datasets` source come encoded: a broken file harms only itself."""
     features = getattr(dataset, "features", None)
-    image_column = columns[0]
     if features is not None:
         wanted = dict.fromkeys(column for column in columns if column is not None)
-        dataset = dataset.select_columns(list(wanted))
-        if isinstance(features[image_column], ImageFeature):
-            dataset = dataset.cast_column(image_column, ImageFeature(decode=False))
+        dataset = undecoded(dataset.select_columns(list(wanted)))
     rows: Iterable[Mapping[str, Any]] = iter(dataset)
     finished = False
     try:
