@@ -311,6 +311,7 @@ def measured(folder: Path, name: str, title: str, data: Path, grids: Path | None
         "batch": report["sampling"]["expected_batch_size"],
         "private": report["adjacency"]["num_units"],
         "trainable_parameters": training["trainable_parameters"],
+        "attempts": pipeline.config.attempts,
     }
     rate = len(labels) / seconds
     yield shared | {"metric": "images per second", "value": rate, "low": None, "high": None, "n": len(labels)}

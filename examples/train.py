@@ -38,7 +38,7 @@ FIELDS = {
     "model": {"prior", "prior_source", "super_resolution", "super_resolution_source"}
     | {"text_encoder", "text_encoder_source", "max_text_tokens"},
     "training": set(DPTrainingArguments.__dataclass_fields__) - {"output_dir"},
-    "sampling": {"guidance_scale", "temperature", "top_k", "top_p"},
+    "sampling": {"guidance_scale", "temperature", "top_k", "top_p", "attempts"},
     "card": {"license", "hyperparameter_tuning", "tuning_data", "outside_guarantee", "prompts", "contact"},
     "evaluation": COLUMNS | {"images_per_class", "twin_epochs", "classifier_steps"},
 }

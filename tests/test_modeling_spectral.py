@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from hf_spectral_dp import SpectralConfig, SpectralTokenizerForCausalLM, modeling_spectral
-from hf_spectral_dp.sampling import draw
+from hf_spectral_dp.sampling import draw, step
 
 torch.set_num_threads(1)
 
@@ -168,6 +168,37 @@ def test_a_generator_reproduces_samples_and_spares_the_global_one(model):
     short = model.sample(None, 8, num_tokens=5, generator=torch.Generator().manual_seed(0))
     assert torch.equal(short, first[:, :5])
     assert model.sample(None, 8, num_tokens=0).shape == (8, 0)
+
+
+def test_class_probabilities_are_bayes_rule_by_hand(model):
+    tokens = sequences(model)[:, 1:]
+    found = model.class_probabilities(tokens)
+    for row in range(len(tokens)):
+        weights = []
+        for label in range(CLASSES):
+            whole = torch.cat([model.start_tokens(torch.tensor([label])), tokens[row]])[None]
+            logits = model(whole[:, :-1]).logits[0].log_softmax(-1)
+            weights.append(float(logits.gather(1, whole[0, 1:, None]).sum()))
+        assert found[row].allclose(torch.tensor(weights).softmax(0), atol=1e-4)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_more_attempts_agree_with_their_class_more_often_and_keep_what_agreed(model, compiled, monkeypatch):
+    labels = torch.arange(200) % CLASSES
+    if compiled:
+        monkeypatch.setattr(model, "_compiled_step", step)  # what is compiled is always called with as many rows
+
+    def drawn(attempts: int) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = model.sample(labels, attempts=attempts, generator=torch.Generator().manual_seed(0))
+        assert_legal(tokens)
+        return tokens, model.class_probabilities(tokens).argmax(1) == labels
+
+    (once, right), (often, agreeing) = drawn(1), drawn(8)
+    assert torch.equal(once[right], often[right]) and not torch.equal(once, often)
+    assert right.float().mean() < 0.9 and agreeing.float().mean() > right.float().mean() + 0.05
+    for refused in ({"attempts": 0, "class_labels": labels}, {"attempts": 2, "num_samples": 4}):
+        with pytest.raises(ValueError, match="attempts="):
+            model.sample(**refused)
 
 
 # Conditioning.

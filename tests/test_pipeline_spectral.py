@@ -68,14 +68,14 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 @pytest.fixture
 def drawn(monkeypatch) -> list[dict]:
-    """The arguments of every call of the model's `sample` that draws tokens."""
+    """The arguments of every call of the model's `sample` that draws tokens, except those that draw again."""
     calls: list[dict] = []
     sample = SpectralTokenizerForCausalLM.sample
 
-    def spy(self, class_labels=None, num_samples=None, num_tokens=None, **options):
-        if num_tokens != 0:
+    def spy(self, class_labels=None, num_samples=None, *others, num_tokens=None, **options):
+        if num_tokens is not None and num_tokens > 0:  # the pipeline says how many; drawing again takes all
             calls.append({"labels": class_labels, "count": num_samples, **options})
-        return sample(self, class_labels, num_samples, num_tokens=num_tokens, **options)
+        return sample(self, class_labels, num_samples, *others, num_tokens=num_tokens, **options)
 
     monkeypatch.setattr(SpectralTokenizerForCausalLM, "sample", spy)
     return calls
@@ -165,12 +165,13 @@ def test_one_label_and_no_label(drawn):
 
 
 def test_stored_values_hold_unless_the_call_says_otherwise(drawn):
-    pipe = pipeline(guidance_scale=2.0, temperature=0.5, top_k=3, top_p=0.9)
+    names = ("guidance_scale", "temperature", "top_k", "top_p", "attempts")
+    pipe = pipeline(guidance_scale=2.0, temperature=0.5, top_k=3, top_p=0.9, attempts=2)
     pipe(class_labels=1, output_type="latent")
-    pipe(class_labels=1, guidance_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, output_type="latent")
+    pipe(class_labels=1, guidance_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, attempts=1, output_type="latent")
     pipe(output_type="latent")
-    values = [[call[name] for name in ("guidance_scale", "temperature", "top_k", "top_p")] for call in drawn]
-    assert values == [[2.0, 0.5, 3, 0.9], [1.0, 1.0, 0, 1.0], [1.0, 0.5, 3, 0.9]]  # last: nothing to guide
+    values = [[call[name] for name in names] for call in drawn]
+    assert values == [[2.0, 0.5, 3, 0.9, 2], [1.0, 1.0, 0, 1.0, 1], [1.0, 0.5, 3, 0.9, 1]]  # last: no class
 
 
 def test_the_generator_decides_the_images():
@@ -300,15 +301,17 @@ def test_parts_that_do_not_fit_are_refused():
 @pytest.mark.parametrize("super_resolution", [None, network, swin])
 def test_what_is_saved_is_what_is_loaded(tmp_path, super_resolution):
     pipe = pipeline(
-        pad=2, super_resolution=super_resolution and super_resolution(), guidance_scale=1.5, temperature=0.8, top_k=4
-    )
+        pad=2, super_resolution=super_resolution and super_resolution(), guidance_scale=1.5, temperature=0.8, top_k=4,
+        attempts=2,
+    )  # fmt: skip
     upscaling = "model" if super_resolution else "lanczos"
     expected = pipe(class_labels=[1, 2], num_images=2, generator=seeded(), upscaling=upscaling).images
     pipe.save_pretrained(tmp_path)
     again = DPSpectralPipeline.from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
     assert again(class_labels=[1, 2], num_images=2, generator=seeded(), upscaling=upscaling).images == expected
-    assert [again.config[name] for name in ("guidance_scale", "temperature", "top_k", "top_p")] == [1.5, 0.8, 4, 1.0]
+    names = ("guidance_scale", "temperature", "top_k", "top_p", "attempts")
+    assert [again.config[name] for name in names] == [1.5, 0.8, 4, 1.0, 2]
     assert type(again.super_resolution) is type(pipe.super_resolution)
 
 

@@ -276,7 +276,7 @@ def _with_model(pipeline: DPSpectralPipeline, model: Any) -> DPSpectralPipeline:
             f"the twin is a {type(model).__name__} of other tokens than the model; give the same model, trained on the"
             " same images without privacy."
         )
-    names = ("guidance_scale", "temperature", "top_k", "top_p")
+    names = ("guidance_scale", "temperature", "top_k", "top_p", "attempts")
     sampling = {name: pipeline.config[name] for name in names}
     chain = DPSpectralPipeline(model, pipeline.image_processor, pipeline.super_resolution, **sampling)
     chain.set_progress_bar_config(disable=True)

@@ -30,7 +30,7 @@ from .pipeline_spectral import UPSCALING_MODES, DPSpectralPipeline
 from .whole_files import replace_files
 
 SETTINGS_NAME = "export.json"
-_SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")
+_SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p", "attempts")
 
 
 def export_dataset(
@@ -64,7 +64,8 @@ def export_dataset(
         batch_size: images that are drawn at once.
         upscaling: one of `UPSCALING_MODES`.
         device: where to draw; default the accelerator of this process, or the CPU.
-        sampling: `guidance_scale`, `temperature`, `top_k`, `top_p`; default the values saved with the pipeline.
+        sampling: `guidance_scale`, `temperature`, `top_k`, `top_p`, `attempts`;
+            default the values saved with the pipeline.
 
     Returns:
         The folder.

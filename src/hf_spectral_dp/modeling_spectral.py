@@ -192,6 +192,7 @@ class SpectralTokenizerForCausalLM(HubModel, PreTrainedModel, GenerationMixin):
         text_states: Tensor | None = None,
         negative_text_states: Tensor | None = None,
         on_scale_end: Callable[[Tensor], object] | None = None,
+        attempts: int = 1,
     ) -> Tensor:
         """Samples token sequences, coarse to fine.
 
@@ -204,14 +205,17 @@ class SpectralTokenizerForCausalLM(HubModel, PreTrainedModel, GenerationMixin):
             num_tokens: stop early, for a coarser image; default the whole `layout.length`.
             text_states: (B, K, text_width) of the prompts, as `text_encoder.encode_text` makes them.
             negative_text_states: as `text_states`, in the place of the null condition: what to steer away from.
-            on_scale_end: called after each scale with all tokens so far, LongTensor (B, t).
+            on_scale_end: called after each scale with all tokens so far, LongTensor (B, t); of the first attempt.
+            attempts: above 1, sequences for which the model itself finds another class likelier than the one asked for
+                (`class_probabilities`) are drawn again, until each had so many attempts; the last one stays. It looks
+                at no private image. Needs class_labels and whole sequences.
 
         Returns:
             LongTensor (B, num_tokens), for `decode`.
 
         Raises:
             ValueError: a value out of range, guidance without a condition or by a null condition that was never
-                trained, or a model that trains with gradient checkpointing.
+                trained, attempts without class labels, or a model that trains with gradient checkpointing.
         """
         length = self.config.layout.length if num_tokens is None else num_tokens
         if not 0 <= length <= self.config.layout.length:
@@ -219,6 +223,8 @@ class SpectralTokenizerForCausalLM(HubModel, PreTrainedModel, GenerationMixin):
         if not temperature > 0 or not 0 < top_p <= 1 or top_k < 0:
             raise ValueError(f"temperature={temperature} must be > 0, top_p={top_p} in (0, 1], top_k={top_k} >= 0.")
         self._check_condition(class_labels, text_states, negative_text_states, guidance_scale)
+        if attempts < 1 or (attempts > 1 and (class_labels is None or 0 < length < self.config.layout.length)):
+            raise ValueError(f"attempts={attempts} must be at least 1; more need class_labels and all tokens.")
         if self.training and self.is_gradient_checkpointing:  # it drops the key-value cache: each token would be blind
             raise ValueError("the model trains with gradient checkpointing; call model.eval() before sampling.")
         current = self.start_tokens(class_labels, num_samples if text_states is None else len(text_states))
@@ -250,7 +256,32 @@ class SpectralTokenizerForCausalLM(HubModel, PreTrainedModel, GenerationMixin):
             current = chosen.repeat(2) if guided else chosen
             if on_scale_end is not None and position + 1 == scale.first_position + scale.tokens:
                 on_scale_end(torch.stack(tokens, 1))
-        return torch.stack(tokens, 1) if tokens else current.new_zeros(batch, 0)
+        drawn = torch.stack(tokens, 1) if tokens else current.new_zeros(batch, 0)
+        if attempts > 1 and tokens and class_labels is not None:
+            asked = class_labels.to(drawn.device)
+            wrong = self.class_probabilities(drawn).argmax(1) != asked
+            if wrong.any():
+                drawn_again = torch.ones_like(wrong) if self._compiled_step else wrong  # another size: compiled anew
+                options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
+                others = self.sample(asked[drawn_again], None, guidance_scale, **options, attempts=attempts - 1)
+                drawn[wrong] = others[wrong[drawn_again]]
+        return drawn
+
+    @torch.no_grad()
+    def class_probabilities(self, tokens: Tensor) -> Tensor:
+        """How likely the model finds each class for token sequences (B, layout.length): a Tensor (B, num_classes).
+
+        By Bayes' rule from the likelihoods of the tokens given each class, all classes equally likely beforehand; one
+        forward pass per class.
+
+        Raises:
+            ValueError: a model without classes.
+        """
+        if not self.config.num_classes:
+            raise ValueError("num_classes=0: a model without classes cannot tell them apart.")
+        rows = [torch.cat([torch.full_like(tokens[:, :1], start), tokens], 1) for start in self.config.class_token_ids]
+        losses = torch.stack([self.per_example_loss(some) for some in rows], 1)
+        return (-losses.float() * self.config.layout.length).softmax(1)
 
     def _check_condition(
         self, class_labels: Tensor | None, text: Tensor | None, negative_text: Tensor | None, guidance_scale: float

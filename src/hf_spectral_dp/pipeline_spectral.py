@@ -47,8 +47,8 @@ class DPSpectralPipeline(DiffusionPipeline):
             `model.config.coarse_size` to `model.config.image_size`; not used where these are equal.
         text_encoder, tokenizer: of a model with text: the frozen, PUBLIC encoder that its captions went through, see
             `text_encoder.load_text_encoder`. Without them, such a model can be sampled without a prompt only.
-        guidance_scale, temperature, top_k, top_p: sampling values that are saved with the pipeline and hold wherever a
-            call does not say otherwise, so that users get what the model was tuned with.
+        guidance_scale, temperature, top_k, top_p, attempts: sampling values that are saved with the pipeline and hold
+            wherever a call does not say otherwise, so that users get what the model was tuned with.
 
     Raises:
         TypeError: `model` is wrapped (an adapter), or `super_resolution` does not say its factor.
@@ -69,6 +69,7 @@ class DPSpectralPipeline(DiffusionPipeline):
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
+        attempts: int = 1,
     ):
         super().__init__()
         if not isinstance(model, SpectralTokenizerForCausalLM):
@@ -99,7 +100,9 @@ class DPSpectralPipeline(DiffusionPipeline):
             text_encoder=text_encoder,
             tokenizer=tokenizer,
         )
-        self.register_to_config(guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p)
+        self.register_to_config(
+            guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p, attempts=attempts
+        )
         self.disable_tiling()
 
     def enable_tiling(self, tile_size: int = 256, tile_overlap: int = 32) -> None:
@@ -243,6 +246,7 @@ class DPSpectralPipeline(DiffusionPipeline):
         *,
         negative_prompt: str | Sequence[str] | None = None,
         num_images_per_prompt: int | None = None,
+        attempts: int | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Generates images.
 
@@ -271,6 +275,10 @@ class DPSpectralPipeline(DiffusionPipeline):
                 "tokens" (B, timestep) of one batch: `pipeline.model.decode(tokens)` shows the image growing.
             negative_prompt: what the images should not show; one for all prompts, or one each. Needs guidance.
             num_images_per_prompt: `num_images`, by the name that diffusers has for it.
+            attempts: above 1, images that the model itself takes for another class than `class_labels` says are drawn
+                again, see `SpectralTokenizerForCausalLM.sample`. Labels are then right more often, and what lies
+                between two classes is rarer than the model knows it to be. None takes the saved value (without labels
+                or with `num_scales` there is no telling, and it is 1).
 
         Returns:
             `ImagePipelineOutput` with `images`.
@@ -334,11 +342,14 @@ class DPSpectralPipeline(DiffusionPipeline):
         texts = self._encode_prompts(prompt, negative_prompt, num_images)
         if guidance_scale is None:
             guidance_scale = 1.0 if labels is None and not texts else self.config.guidance_scale
+        if attempts is None:
+            attempts = 1 if labels is None or num_scales is not None else self.config.attempts
         sampling = {
             "guidance_scale": guidance_scale,
             "temperature": self.config.temperature if temperature is None else temperature,
             "top_k": self.config.top_k if top_k is None else top_k,
             "top_p": self.config.top_p if top_p is None else top_p,
+            "attempts": attempts,
         }
         length = sum(scale.tokens for scale in scales[:num_scales])
         ends = [scale.first_position + scale.tokens for scale in scales]
