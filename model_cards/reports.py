@@ -34,7 +34,7 @@ GENERATORS = {"digits": "digits-super-resolution", "digits-fine": "digits-fine-s
 FOLDER = "reports"
 MEASURED_NAME = "measured.json"
 IMAGES = 1000  # generated, and drawn by program
-_HELD_OUT_SEED = 1_000_000  # training used those from 0 to 60,001
+_HELD_OUT_SEED = 1_000_000  # training used those from 0 to 200,000
 
 
 def drawn_digits() -> Iterator[dict[str, Any]]:
