@@ -261,10 +261,11 @@ class SpectralTokenizerForCausalLM(HubModel, PreTrainedModel, GenerationMixin):
             asked = class_labels.to(drawn.device)
             wrong = self.class_probabilities(drawn).argmax(1) != asked
             if wrong.any():
-                drawn_again = torch.ones_like(wrong) if self._compiled_step else wrong  # another size: compiled anew
-                options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
-                others = self.sample(asked[drawn_again], None, guidance_scale, **options, attempts=attempts - 1)
-                drawn[wrong] = others[wrong[drawn_again]]
+                again = torch.ones_like(wrong) if self._compiled_step else wrong  # another size: compiled anew
+                others = self.sample(
+                    asked[again], None, guidance_scale, temperature, top_k, top_p, generator, attempts=attempts - 1
+                )
+                drawn[wrong] = others[wrong[again]]
         return drawn
 
     @torch.no_grad()
