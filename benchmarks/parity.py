@@ -60,8 +60,8 @@ def of_torchmetrics(real: Tensor, generated: Tensor) -> dict[str, float]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*will save all extracted features")
         kid = KernelInceptionDistance(AsImages(dim), subsets=1, subset_size=count, gamma=1 / dim)
-    for metric in (fid, kid):
-        metric.update(real[:count].view(-1, *shape), real=True)
+    for metric, some in ((fid, real), (kid, real[:count])):
+        metric.update(some.view(-1, *shape), real=True)
         metric.update(generated.view(-1, *shape), real=False)
     return {"frechet_distance": float(fid.compute()), "kernel_distance": float(kid.compute()[0])}
 
@@ -72,13 +72,13 @@ def of_torch_fidelity(real: Tensor, generated: Tensor) -> dict[str, float]:
     from torch_fidelity.metric_kid import kernel_mmd
     from torch_fidelity.metric_prc import prc_features_to_metric
 
-    real = real[: len(generated)]
+    one = real[: len(generated)]  # its kernels compare as many
     moments = [fid_features_to_statistics(some) for some in (real, generated)]
-    units = [(some / some.norm(dim=1, keepdim=True)).double().numpy() for some in (real, generated)]
+    units = [(some / some.norm(dim=1, keepdim=True)).double().numpy() for some in (one, generated)]
     shares = prc_features_to_metric(generated, real, prc_neighborhood=3, prc_batch_size=500, verbose=False)
     return {
         "frechet_distance": float(fid_statistics_to_metric(*moments, verbose=False)["frechet_inception_distance"]),
-        "kernel_distance": float(kernel_mmd(real.numpy(), generated.numpy())),
+        "kernel_distance": float(kernel_mmd(one.numpy(), generated.numpy())),
         "cmmd": 1000 * float(kernel_mmd(*units, kid_kernel="rbf", kid_kernel_rbf_sigma=10.0)),
         "precision": float(shares["precision"]),
         "recall": float(shares["recall"]),

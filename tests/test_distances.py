@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
+from benchmarks.parity import features, of_torch_fidelity, of_torchmetrics
 from hf_spectral_dp.metrics.distances import (
     KernelMatrices,
     Moments,
@@ -27,64 +27,24 @@ from hf_spectral_dp.metrics.distances import (
     style_distance,
 )
 
-
-def features(count: int, dim: int, seed: int, shift: float = 0.0, scale: float = 1.0) -> torch.Tensor:
-    """Correlated rows of a skewed law."""
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(dim, dim, generator=torch.Generator().manual_seed(99)) / dim**0.5
-    rows = torch.randn(count, dim, generator=generator)
-    return (rows + 0.3 * rows**2) @ mixing * scale + shift
-
-
 REAL, OTHER = features(300, 24, 0), features(260, 24, 1, shift=0.2, scale=1.2)
 
 
-class AsImages(nn.Module):
-    """A feature extractor for torchmetrics whose images are the features."""
-
-    num_features = 24
-
-    def forward(self, images):
-        return images.flatten(1)
-
-
-def of_torchmetrics(metric) -> torch.Tensor:
-    for rows, real in ((REAL, True), (OTHER, False)):
-        metric.update(rows.view(len(rows), 3, 2, 4), real=real)
-    return metric.compute()
-
-
 def test_frechet_and_kernel_distance_equal_torchmetrics():
-    from torchmetrics.image.fid import FrechetInceptionDistance
-    from torchmetrics.image.kid import KernelInceptionDistance
-
-    fid = of_torchmetrics(FrechetInceptionDistance(AsImages(), input_img_size=(3, 2, 4)))
-    assert frechet_distance(REAL, OTHER) == pytest.approx(float(fid), rel=1e-3)
-    kid = KernelInceptionDistance(AsImages(), subsets=1, subset_size=260, gamma=1 / 24)
-    kid.update(REAL[:260].view(-1, 3, 2, 4), real=True)
-    kid.update(OTHER.view(-1, 3, 2, 4), real=False)
-    assert kernel_distance(REAL[:260], OTHER) == pytest.approx(float(kid.compute()[0]), rel=1e-3)
+    theirs = of_torchmetrics(REAL, OTHER)
+    assert frechet_distance(REAL, OTHER) == pytest.approx(theirs["frechet_distance"], rel=1e-3)
+    assert kernel_distance(REAL[:260], OTHER) == pytest.approx(theirs["kernel_distance"], rel=1e-3)
 
 
 def test_all_equal_torch_fidelity():
     """Where it can be imported: it needs torchvision."""
     pytest.importorskip("torch_fidelity", reason="torch-fidelity needs torchvision", exc_type=ImportError)
-    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
-    from torch_fidelity.metric_kid import kernel_mmd
-    from torch_fidelity.metric_prc import prc_features_to_metric
-
-    moments = [fid_features_to_statistics(some) for some in (REAL, OTHER)]
-    fid = fid_statistics_to_metric(*moments, verbose=False)["frechet_inception_distance"]
-    assert frechet_distance(REAL, OTHER) == pytest.approx(fid, rel=1e-3)
-    one = REAL[:260]
-    assert kernel_distance(one, OTHER) == pytest.approx(kernel_mmd(one.numpy(), OTHER.numpy()), rel=1e-3)
-    units = [(some / some.norm(dim=1, keepdim=True)).double().numpy() for some in (one, OTHER)]
-    gaussian = 1000 * kernel_mmd(*units, kid_kernel="rbf", kid_kernel_rbf_sigma=10.0)
-    assert cmmd(one, OTHER) == pytest.approx(gaussian, rel=1e-3)
-    shares = prc_features_to_metric(OTHER, REAL, prc_neighborhood=3, prc_batch_size=100, verbose=False)
-    ours = neighbourhoods(REAL, OTHER, k=3)
-    assert float(ours.precision.mean()) == pytest.approx(shares["precision"], rel=1e-3)
-    assert float(ours.recall.mean()) == pytest.approx(shares["recall"], rel=1e-3)
+    theirs, one, ours = of_torch_fidelity(REAL, OTHER), REAL[:260], neighbourhoods(REAL, OTHER, k=3)
+    assert frechet_distance(REAL, OTHER) == pytest.approx(theirs["frechet_distance"], rel=1e-3)
+    assert kernel_distance(one, OTHER) == pytest.approx(theirs["kernel_distance"], rel=1e-3)
+    assert cmmd(one, OTHER) == pytest.approx(theirs["cmmd"], rel=1e-3)
+    assert float(ours.precision.mean()) == pytest.approx(theirs["precision"], rel=1e-3)
+    assert float(ours.recall.mean()) == pytest.approx(theirs["recall"], rel=1e-3)
 
 
 @settings(max_examples=25, deadline=None)
