@@ -27,6 +27,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, A
 from hf_spectral_dp import DPSpectralPipeline, DPTrainer, DPTrainingArguments, PrivacyCard
 from hf_spectral_dp.generation import image_grid
 from hf_spectral_dp.image_sources import load_images
+from hf_spectral_dp.pipeline_spectral import SAMPLING_VALUES
 from hf_spectral_dp.text_encoder import load_text_encoder
 from hf_spectral_dp.token_store import TokenStore, build_token_store
 
@@ -38,7 +39,7 @@ FIELDS = {
     "model": {"prior", "prior_source", "super_resolution", "super_resolution_source"}
     | {"text_encoder", "text_encoder_source", "max_text_tokens"},
     "training": set(DPTrainingArguments.__dataclass_fields__) - {"output_dir"},
-    "sampling": {"guidance_scale", "temperature", "top_k", "top_p", "attempts"},
+    "sampling": set(SAMPLING_VALUES),
     "card": {"license", "hyperparameter_tuning", "tuning_data", "outside_guarantee", "prompts", "contact"},
     "evaluation": COLUMNS | {"images_per_class", "twin_epochs", "classifier_steps"},
 }

@@ -27,7 +27,7 @@ from .metrics.memorisation import (
 )
 from .metrics.utility import UtilityResult, classifier_utility
 from .modeling_spectral import SpectralTokenizerForCausalLM
-from .pipeline_spectral import DPSpectralPipeline
+from .pipeline_spectral import SAMPLING_VALUES, DPSpectralPipeline
 from .real_images import RealImages
 from .super_resolution import upscale_to
 
@@ -276,8 +276,7 @@ def _with_model(pipeline: DPSpectralPipeline, model: Any) -> DPSpectralPipeline:
             f"the twin is a {type(model).__name__} of other tokens than the model; give the same model, trained on the"
             " same images without privacy."
         )
-    names = ("guidance_scale", "temperature", "top_k", "top_p", "attempts")
-    sampling = {name: pipeline.config[name] for name in names}
+    sampling = {name: pipeline.config[name] for name in SAMPLING_VALUES}
     chain = DPSpectralPipeline(model, pipeline.image_processor, pipeline.super_resolution, **sampling)
     chain.set_progress_bar_config(disable=True)
     return chain

@@ -26,11 +26,10 @@ from tqdm import tqdm
 
 from .card import README_NAME, REPORT_NAME, PrivacyCard
 from .configuration_spectral import SpectralConfig
-from .pipeline_spectral import UPSCALING_MODES, DPSpectralPipeline
+from .pipeline_spectral import SAMPLING_VALUES, UPSCALING_MODES, DPSpectralPipeline
 from .whole_files import replace_files
 
 SETTINGS_NAME = "export.json"
-_SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p", "attempts")
 
 
 def export_dataset(
@@ -245,8 +244,8 @@ def _settings(
         )
     if upscaling not in UPSCALING_MODES:
         raise ValueError(f"upscaling={upscaling!r} is unknown; use one of {', '.join(UPSCALING_MODES)}.")
-    if set(sampling) - set(_SAMPLING):
-        raise ValueError(f"{sorted(set(sampling) - set(_SAMPLING))} are unknown; use {', '.join(_SAMPLING)}.")
+    if unknown := set(sampling) - set(SAMPLING_VALUES):
+        raise ValueError(f"{sorted(unknown)} are unknown; use {', '.join(SAMPLING_VALUES)}.")
     return {
         "source": hashlib.sha256((source / REPORT_NAME).read_bytes()).hexdigest(),
         "num_images": num_images,

@@ -30,6 +30,8 @@ Upscaling = Literal["model", "none", "nearest", "bicubic", "lanczos"]
 OutputType = Literal["pil", "np", "pt", "latent"]
 UPSCALING_MODES = ("model", "none", *RESAMPLING_MODES)
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+SAMPLING_VALUES = ("guidance_scale", "temperature", "top_k", "top_p", "attempts")
+"""What a pipeline saves of how its model is sampled; the arguments of its call of the same names."""
 
 
 class DPSpectralPipeline(DiffusionPipeline):
@@ -452,4 +454,4 @@ def _check_channels(super_resolution: PreTrainedModel, config: SpectralConfig) -
         )
 
 
-__all__ = ["OUTPUT_TYPES", "UPSCALING_MODES", "DPSpectralPipeline", "OutputType", "Upscaling"]
+__all__ = ["OUTPUT_TYPES", "SAMPLING_VALUES", "UPSCALING_MODES", "DPSpectralPipeline", "OutputType", "Upscaling"]
