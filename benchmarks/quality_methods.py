@@ -29,11 +29,14 @@ class TokenGenerator:
 
     `config` says which tokens: with all scales it is ours; with one scale of single coefficients it has one token per
     pixel of a small image. `enlarge` 2 shows the codec every pixel as a block of 2 x 2, whose Haar approximation band
-    is the image itself: patches of pixels in raster order, the way of models without wavelets.
+    is the image itself: patches of pixels in raster order, the way of models without wavelets. `attempts`: how often
+    images that the model itself takes for another class are drawn again; see `SpectralTokenizerForCausalLM.sample`.
     """
 
-    def __init__(self, model: SpectralTokenizerForCausalLM, upscaler: Upscaler, enlarge: int = 1):
-        self.model, self.upscaler, self.enlarge = model, upscaler, enlarge
+    def __init__(
+        self, model: SpectralTokenizerForCausalLM, upscaler: Upscaler, enlarge: int = 1, attempts: int = 1
+    ):  # fmt: skip
+        self.model, self.upscaler, self.enlarge, self.attempts = model, upscaler, enlarge, attempts
 
     @classmethod
     def from_public_images(cls, config: SpectralConfig, images: Tensor, upscaler: Upscaler, enlarge: int = 1):
@@ -64,7 +67,7 @@ class TokenGenerator:
     def sample(self, labels: Tensor, generator: torch.Generator) -> Tensor:
         """Full-size images (N, C, S, S) in [-1, 1] of class labels."""
         self.model.eval()
-        draws = [self.model.sample(some, generator=generator) for some in labels.split(500)]
+        draws = [self.model.sample(some, generator=generator, attempts=self.attempts) for some in labels.split(500)]
         return torch.cat([self.upscaler(self.model.decode(tokens)) for tokens in draws])
 
     def name_classes(self) -> None:
@@ -207,8 +210,8 @@ def train_privately(generator: Generator, rows: Tensor, epsilon: float, delta: f
     with tempfile.TemporaryDirectory() as folder:
         arguments = DPTrainingArguments(
             output_dir=folder, target_epsilon=epsilon, target_delta=delta, report_to="none", save_strategy="no",
-            disable_tqdm=True, use_cpu=True, logging_strategy="no", lr_scheduler_type="constant_with_warmup",
-            **settings,
+            disable_tqdm=True, use_cpu=True, logging_strategy="no",
+            **{"lr_scheduler_type": "constant_with_warmup"} | settings,
         )  # fmt: skip
         start = time.perf_counter()
         trainer = DPTrainer(model, arguments, Rows(rows))
