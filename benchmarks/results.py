@@ -19,11 +19,7 @@ RESULTS = HERE / "results"
 PIVOTS = {
     "engine": (("d", "T", "tied", "adapter"), "method", ("time_ratio", "memory_ratio")),
     "engine_quick": (("d", "T", "tied", "adapter"), "method", ("time_ratio", "memory_ratio")),
-    "quality_faces": (("epsilon", "method"), "metric", ("value",)),
-    **{
-        f"quality_mnist_{part}": (("epsilon", "method"), "metric", ("value",))
-        for part in ("ours", "raster", "pixels", "diffusion", "epsilon_one", "epsilon_ten")
-    },
+    **{path.stem: (("epsilon", "method"), "metric", ("value",)) for path in RESULTS.glob("quality_*.json")},
 }
 
 

@@ -6,14 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForCausalLM, AutoModelForImageToImage
 
 from benchmarks.quality_data import IMAGE_SETS, check_public
 from benchmarks.quality_figures import coarse_distance
 from benchmarks.quality_methods import DiffusionGenerator, TokenGenerator, train_privately, train_publicly
 from hf_spectral_dp import SpectralConfig
-from hf_spectral_dp.super_resolution import upscale
+from hf_spectral_dp.super_resolution import upscale, upscale_to
 
 ROOT = Path(__file__).parents[1]
+PUBLIC_MODELS = ROOT / "benchmarks" / "checkpoints"
 PUBLIC_FIELDS = ("prior", "prior_source", "super_resolution", "super_resolution_source")
 
 
@@ -23,7 +25,8 @@ def public_claims() -> dict[str, str]:
     for path in (ROOT / "examples" / "configs").glob("*.yaml"):
         model = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
         claims |= {f"{path.name}: {field}": str(model[field]) for field in PUBLIC_FIELDS if field in model}
-    for path in (ROOT / "src" / "hf_spectral_dp" / "checkpoints").glob("*/README.md"):
+    bundled = ROOT / "src" / "hf_spectral_dp" / "checkpoints"
+    for path in (*bundled.glob("*/README.md"), *PUBLIC_MODELS.glob("*/README.md")):
         claims[f"{path.parent.name}/README.md"] = path.read_text(encoding="utf-8")
     return claims
 
@@ -129,3 +132,14 @@ def test_the_coarse_distance_sees_colours_and_no_detail():
     assert same["value"] == pytest.approx(0, abs=1e-3)
     assert darker["value"] == pytest.approx(64 * 0.01, rel=1e-2)  # the shift of 64 means
     assert not list(coarse_distance(real[:60], real))
+
+
+def test_the_public_models_of_the_colour_benchmark_fit_each_other():
+    codec = AutoModelForCausalLM.from_pretrained(PUBLIC_MODELS / "photos-codec")
+    network = AutoModelForImageToImage.from_pretrained(PUBLIC_MODELS / "photos-super-resolution").eval()
+    images = torch.rand(2, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        coarse = codec.decode(codec.codec.encode(images))
+        detailed = upscale_to(64, network, coarse)
+    assert coarse.shape == (2, 3, 16, 16) and detailed.shape == images.shape
+    assert not torch.allclose(detailed, upscale_to(64, "bicubic", coarse), atol=0.01)
