@@ -31,7 +31,14 @@ measures instead, as "ours", a pipeline that examples/train.py made, at the epsi
 
 For colour images codec and super-resolution come from folders that examples/pretrain_codec.py and
 examples/train_super_resolution.py made of public photos. Then "ours" takes that codec, and every method ends with that
-network: pixels and diffusion from their own side, raster tokens from averages of the side that ours has.
+network: pixels and diffusion from their own side, raster tokens from averages of the side that ours has. The two of
+benchmarks/results/quality_cifar10.json (--dataset cifar10 --size objects) take minutes to make:
+
+    python examples/pretrain_codec.py --public path/to/tiny_imagenet --images 15000 --size 32 --levels 3 \
+        --patch_sizes 1 1 2 --codebook_sizes 128 256 512 --num_classes 10 --hidden_size 64 --num_hidden_layers 3 \
+        --out runs/codec-objects
+    python examples/train_super_resolution.py --public path/to/tiny_imagenet --size 32 --codec runs/codec-objects \
+        --images 15000 --steps 1500 --out runs/sr-objects
 """
 
 import argparse
