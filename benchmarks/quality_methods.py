@@ -33,10 +33,8 @@ class TokenGenerator:
     images that the model itself takes for another class are drawn again; see `SpectralTokenizerForCausalLM.sample`.
     """
 
-    def __init__(
-        self, model: SpectralTokenizerForCausalLM, upscaler: Upscaler, enlarge: int = 1, attempts: int = 1
-    ):  # fmt: skip
-        self.model, self.upscaler, self.enlarge, self.attempts = model, upscaler, enlarge, attempts
+    def __init__(self, model: SpectralTokenizerForCausalLM, upscaler: Upscaler, enlarge: int = 1):
+        self.model, self.upscaler, self.enlarge, self.attempts = model, upscaler, enlarge, 1
 
     @classmethod
     def from_public_images(cls, config: SpectralConfig, images: Tensor, upscaler: Upscaler, enlarge: int = 1):
