@@ -134,7 +134,8 @@ def photo_settings(method: str, epsilon: float) -> dict[str, Any]:
 
     Both rates of token models are the best of two to three (0.1 and 0.3 at epsilon 1; 0.4, 1 and 2 at 10) by the loss
     on held-out public pictograms (Noto emoji, as far from the public photos as faces are), after 100 steps with the
-    noise of a batch of 2,048 in 20,000 rows, for the tokens of ours. The other token models have the same transformer and the same loss, and share them.
+    noise of a batch of 2,048 in 20,000 rows, for the tokens of ours. The other token models have the same
+    transformer and the same loss, and share them.
     """
     rate = {"learning_rate": 0.3 if epsilon < 4 else 1.0} if method != "diffusion" else {}
     return {"lr_scheduler_type": "cosine", "warmup_steps": 5} | rate
