@@ -30,11 +30,12 @@ from hf_spectral_dp.image_sources import load_images
 from hf_spectral_dp.pipeline_spectral import SAMPLING_VALUES
 from hf_spectral_dp.text_encoder import load_text_encoder
 from hf_spectral_dp.token_store import TokenStore, build_token_store
+from hf_spectral_dp.views import Views
 
 COLUMNS = {"source", "split", "image_column", "label_column"}
 FIELDS = {
     "data": COLUMNS
-    | {"config_name", "revision", "num_examples", "description", "unit_column", "max_rows_per_unit"}
+    | {"config_name", "revision", "num_examples", "description", "unit_column", "max_rows_per_unit", "views"}
     | {"caption_column", "caption_files"},
     "model": {"prior", "prior_source", "super_resolution", "super_resolution_source"}
     | {"text_encoder", "text_encoder_source", "max_text_tokens"},
@@ -82,7 +83,9 @@ def located(name: str) -> str:
     return str(importlib.resources.files("hf_spectral_dp") / "checkpoints" / name.removeprefix("bundled:"))
 
 
-def tokenise(config: dict[str, Any], model: Any, processor: Any, text: tuple[Any, Any], folder: Path) -> TokenStore:
+def tokenise(
+    config: dict[str, Any], model: Any, processor: Any, text: tuple[Any, Any], views: Views | None, folder: Path
+) -> TokenStore:
     """The token rows: made once by the first process of the machine, opened by the others and by resumed runs."""
     data = config["data"]
     options = {name: data[name] for name in ("config_name", "revision", "caption_files") if name in data}
@@ -92,7 +95,8 @@ def tokenise(config: dict[str, Any], model: Any, processor: Any, text: tuple[Any
             optional = ("image_column", "label_column", "caption_column", "unit_column", "max_rows_per_unit")
             columns = {name: data[name] for name in optional if name in data}
             encoder, tokenizer = text
-            build_token_store(images, model, processor, folder, **columns, text_encoder=encoder, tokenizer=tokenizer)
+            build_token_store(images, model, processor, folder, **columns, views=views, text_encoder=encoder,
+                              tokenizer=tokenizer)  # fmt: skip
     store = TokenStore.load(folder)
     store.check_codec(model)
     if store.captions is not None:
@@ -119,6 +123,7 @@ def main() -> None:
             config["training"][name] = getattr(arguments, name)
     args = DPTrainingArguments(**{"report_to": "none", **config["training"]}, output_dir=str(output / "training"))
     data = config["data"]
+    views = Views(**data["views"]) if "views" in data else None
     if "num_examples" in data:
         plan = args.plan(data["num_examples"])
         print(f"plan: {plan.steps} steps, sampling rate {plan.sampling_rate:g}, noise {plan.noise_multiplier:g},"
@@ -142,7 +147,7 @@ def main() -> None:
     DPSpectralPipeline(model, processor, detail, *text, **config["sampling"])
 
     # 2. Images to tokens, tokens to a private model. Test images that cannot be used end the run before it spends.
-    store = tokenise(config, model, processor, text, output / "tokens")
+    store = tokenise(config, model, processor, text, views, output / "tokens")
     evaluated = config["evaluation"] if PartialState().is_main_process else None
     test = real_images(evaluated, processor) if evaluated else None
     trainer = DPTrainer(model, args, store)

@@ -19,6 +19,7 @@ ORDER = [
     "sampling",
     "modeling_spectral",
     "image_processing_spectral",
+    "views",
     "image_sources",
     "real_images",
     "whole_files",

@@ -16,6 +16,7 @@ from benchmarks.hostile_images import run as run_hostile
 from hf_spectral_dp import image_sources
 from hf_spectral_dp.image_processing_spectral import SpectralImageProcessor
 from hf_spectral_dp.token_store import TokenStore, build_token_store
+from hf_spectral_dp.views import Views
 
 
 def encoded(image: np.ndarray, kind: str = "PNG") -> bytes:
@@ -313,3 +314,26 @@ def test_an_image_without_a_person_leaves_nothing(random_images, grey_model, pro
     with pytest.raises(ValueError, match="who=None names no person"):
         build(rows, grey_model, processor, tmp_path / "store", unit_column="who", max_rows_per_unit=2)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_row_shows_one_of_its_views_at_a_time(rows, grey_model, processor, tmp_path, monkeypatch):
+    """Every row shown is the label and the tokens of one view of its own image; in the long run all views are shown."""
+    monkeypatch.setattr("hf_spectral_dp.token_store._ROWS_PER_CHUNK", 16)
+    views = Views(count=3, rotation=20, shift=0.1)
+    store = build(rows, grey_model, processor, tmp_path / "s", label_column="label", views=views, batch_size=7)
+    assert len(store) == 40 and store.views == 3 and store.verify() and store.units is None
+    assert store.report == {"images": 40, "undecodable": 0, "unlabelled": 0}
+    pixels = processor([row["image"] for row in rows])["pixel_values"]
+    tokens = torch.stack([grey_model.codec.encode(view) for view in views.of(pixels)], 1)  # (40, 3, T)
+    shown = torch.stack([store[np.arange(40)]["input_ids"] for _ in range(200)], 1)
+    assert (shown[:, 0, 0] == torch.tensor([grey_model.config.class_token_ids[i % 10] for i in range(40)])).all()
+    same = (shown[:, :, None, 1:] == tokens[:, None]).all(-1)  # (40, 200, 3)
+    assert same.any(2).all()
+    distinct = [index for index in range(40) if len(tokens[index].unique(dim=0)) == 3]
+    counts = same[distinct].sum(1)
+    assert len(distinct) > 30 and counts.min() > 30 and abs(counts.float().mean() - 200 / 3) < 0.1
+    seen = same[distinct].float().argmax(2)
+    assert (seen[0] != seen[1]).float().mean() == pytest.approx(2 / 3, abs=0.15)  # each by a coin of its own
+    plain = build(rows, grey_model, processor, tmp_path / "plain", label_column="label")
+    assert plain.views == 1 and plain.fingerprint != store.fingerprint
+    assert pickle.loads(pickle.dumps(store))[5]["input_ids"].shape == (store.row_length,)

@@ -18,6 +18,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,10 @@ from tqdm.auto import tqdm
 from .captions import Captions, CaptionWriter, captions_of
 from .codec import codec_fingerprint
 from .image_sources import decode_batch, load_images, undecoded
+from .privacy.noise import system_generator
 from .privacy.units import FirstRows
 from .text_encoder import check_text_encoder
+from .views import Views
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +52,7 @@ class TokenStore:
         dataset: the rows as a `datasets.Dataset` with the column "input_ids", "unit" where persons are known, and
             "captions", the numbers of a row's captions in `captions`.
         row_length: ids per row, 1 + T: the class or null token, then the image's T tokens.
+        views: token rows kept of every image, of which one is shown at a time; see `views.Views`.
         units: number of the person of every row, (rows,) int64, in order of first appearance; None if each row is a
             unit of its own. As secret as the rows; names are not kept.
         unit: what the privacy unit is, in words.
@@ -84,6 +88,8 @@ class TokenStore:
         self.codec_fingerprint: str = facts["codec_fingerprint"]
         self.report: dict[str, int] = facts["report"]
         self.dataset = Dataset.from_file(str(self.folder / _TOKENS))
+        self.views: int = (facts.get("views") or {"count": 1})["count"]
+        self._coins = system_generator()
         limit = facts.get("max_rows_per_unit")
         text = facts.get("text")
         self.captions = Captions(self.folder, text, self.dataset.data.column("captions")) if text else None
@@ -94,7 +100,8 @@ class TokenStore:
             column = facts["unit_column"]
             self.unit = f"all rows with one value of {column!r} (a person; at most {limit} images of each are used)"
             self.units = self.dataset.data.column("unit").to_numpy()
-        self._chunks = [_rows(chunk, self.row_length) for chunk in self.dataset.data.column("input_ids").chunks]
+        chunks = self.dataset.data.column("input_ids").chunks
+        self._chunks = [_rows(chunk, self.views, self.row_length) for chunk in chunks]
         if len(self) != self.report["images"]:
             raise ValueError(f"{self.folder} holds {len(self)} rows, not {self.report['images']}; build it again.")
 
@@ -107,7 +114,11 @@ class TokenStore:
         return sum(len(chunk) for chunk in self._chunks)
 
     def __getitem__(self, indices: Any) -> dict[str, torch.Tensor]:
-        """Rows by index.
+        """Rows by index. Of an image with several views, one.
+
+        Formal guarantee: which view a row shows is drawn uniformly, independently of all else and anew at every call,
+        by the generator that also draws batches. Given these draws every row is a function of one image; so the image
+        with all its views is the unit, by the argument of `privacy.units.OneRowPerUnit`.
 
         Args:
             indices: integer array or sequence (b,), possibly empty or with repetitions; or one integer.
@@ -128,8 +139,9 @@ class TokenStore:
         flat = wanted.reshape(-1).astype(np.int64)
         rows = np.empty((len(flat), self.row_length), dtype=np.int64)
         chunks, size = self._chunks, len(self._chunks[0])  # all chunks but the last have the same size
-        for position, index in enumerate(flat.tolist()):
-            rows[position] = chunks[index // size][index % size]
+        shown = self._coins.integers(self.views, size=len(flat)) if self.views > 1 else np.zeros(len(flat), np.int64)
+        for position, (index, view) in enumerate(zip(flat.tolist(), shown.tolist(), strict=True)):
+            rows[position] = chunks[index // size][index % size, view]
         found = {"input_ids": torch.from_numpy(rows.reshape(*wanted.shape, self.row_length))}
         if self.captions is not None:
             states = self.captions.draw(flat)
@@ -175,6 +187,7 @@ def build_token_store(
     tokenizer: Any = None,
     unit_column: str | None = None,
     max_rows_per_unit: int | None = None,
+    views: Views | None = None,
     batch_size: int = 256,
     progress: bool = True,
     overwrite: bool = False,
@@ -198,6 +211,8 @@ def build_token_store(
             with the number of persons.
         max_rows_per_unit: at most so many images of a person are kept: the first ones, in the order of the data, that
             can be decoded. Which are kept depends on that person's images alone.
+        views: which changed views of every image to keep beside it (data augmentation), or None. A store with k views
+            is k times as large and takes k times as long to make; training takes as long as without.
         batch_size: images per batch.
         progress: show a progress bar.
         overwrite: replace a store that is already there.
@@ -206,9 +221,10 @@ def build_token_store(
         The store. Images that cannot be decoded are left out and counted in `report["undecodable"]`; they never stop
         the run. That count is kept in the store and nowhere else: it is as private as the images.
 
-    Formal guarantee: every row is a function of one image with its label or captions, and so is whether there is a row
-    (up to the time limit of `decode_image`). Adding or removing one image therefore adds or removes at most one row,
-    and one that cannot be decoded moves nothing at all: it contributes zero to every sum ever computed from the store.
+    Formal guarantee: every row, with its views, is a function of one image with its label or captions, and so is
+    whether there is a row (up to the time limit of `decode_image`). Adding or removing one image therefore adds or
+    removes at most one row, and one that cannot be decoded moves nothing at all: it contributes zero to every sum ever
+    computed from the store.
 
     Raises:
         FileExistsError: the folder exists and `overwrite` is False, or it is no token store.
@@ -233,7 +249,7 @@ def build_token_store(
         if caption_column is not None:
             captions = CaptionWriter(scratch, text_encoder, tokenizer, model.config.max_text_tokens)
         examples = _examples(dataset, columns)
-        _write(examples, model, image_processor, scratch, batch_size, _total(dataset), progress, units, captions)
+        _write(examples, model, image_processor, scratch, batch_size, _total(dataset), progress, units, captions, views)
         _publish(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -320,13 +336,14 @@ def _write(
     progress: bool,
     units: FirstRows | None,
     captions: CaptionWriter | None,
+    views: Views | None,
 ) -> None:
     """Streams the rows into `folder` and puts the facts beside them."""
     config = model.config
     row_length = 1 + config.layout.length
     highest = max([config.null_token_id, *config.class_token_ids])
     type_ = pa.int16() if highest <= np.iinfo(np.int16).max else pa.int32()
-    column = pa.list_(type_, row_length)
+    column = pa.list_(type_, row_length * (views.count if views else 1))
     fields = [("input_ids", column), ("unit", pa.int64()), ("captions", pa.list_(pa.int32()))]
     schema = pa.schema([each for each, used in zip(fields, (True, units, captions), strict=True) if used is not None])
     digest = hashlib.sha256()
@@ -370,7 +387,9 @@ def _write(
                 if kept:
                     labels = [batch[index][1] for index in kept]
                     starts = _start_tokens(labels, config, number * batch_size)
-                    rows = np.concatenate([starts[:, None], _encode(pixels, model)], axis=1)
+                    shown = views.of(pixels) if views and pixels is not None else [pixels]
+                    parts = [part for view in shown for part in (starts[:, None], _encode(view, model))]
+                    rows = np.concatenate(parts, axis=1)
                     digest.update(rows.astype("<i4").tobytes())
                     report["images"] += len(rows)
                     if captions is not None:
@@ -412,6 +431,7 @@ def _write(
         "text": text,
         "unit_column": units and units.column,
         "max_rows_per_unit": units and units.limit,
+        "views": views and asdict(views),
     }
     (folder / _FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
@@ -465,9 +485,9 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _rows(chunk: Any, row_length: int) -> np.ndarray:
-    """View (rows, row_length) of a memory-mapped Arrow chunk; nothing is copied."""
-    return chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, row_length)
+def _rows(chunk: Any, views: int, row_length: int) -> np.ndarray:
+    """View (rows, views, row_length) of a memory-mapped Arrow chunk; nothing is copied."""
+    return chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, views, row_length)
 
 
 __all__ = ["TokenStore", "build_token_store", "codec_fingerprint", "load_images"]
