@@ -290,7 +290,7 @@ def compare(
             "public_seconds": round(before.seconds, 1),
             "public_flops": before.flops,
             "epsilon_spent": cost.epsilon,
-        }
+        } | ({"steps": cost.steps, "batch": cost.batch} if cost.steps else {})
         if callable(source):
             rate = len(labels) / seconds
             yield shared | {"metric": "images per second", "value": rate, "low": None, "high": None, "n": len(labels)}

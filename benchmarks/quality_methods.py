@@ -165,11 +165,14 @@ class Rows:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a training took: seconds of wall clock, floating-point operations, epsilon that was spent (None: no DP)."""
+    """What a training took: seconds of wall clock, floating-point operations, epsilon that was spent (None: no DP),
+    steps and the (expected) rows of each."""
 
     seconds: float
     flops: float
     epsilon: float | None = None
+    steps: int = 0
+    batch: float = 0
 
 
 def flops_per_row(model: Any, rows: Tensor) -> float:
@@ -197,7 +200,7 @@ def train_publicly(
         optimizer.step()
         schedule.step()
     seconds = time.perf_counter() - start
-    return Cost(seconds, steps * batch_size * flops_per_row(model, rows))
+    return Cost(seconds, steps * batch_size * flops_per_row(model, rows), steps=steps, batch=batch_size)
 
 
 def train_privately(generator: Generator, rows: Tensor, epsilon: float, delta: float, **settings: Any) -> Cost:
@@ -216,4 +219,4 @@ def train_privately(generator: Generator, rows: Tensor, epsilon: float, delta: f
         trainer.train()
         seconds = time.perf_counter() - start
         flops = flops_per_row(model, rows) * trainer.plan.expected_batch_size * trainer.plan.steps
-        return Cost(seconds, flops, trainer.epsilon_spent)
+        return Cost(seconds, flops, trainer.epsilon_spent, trainer.plan.steps, trainer.plan.expected_batch_size)

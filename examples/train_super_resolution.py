@@ -12,11 +12,13 @@ It doubles as often as it takes from there to --size.
 The mean absolute error alone gives blurred images: the median of all details that would fit. With --adversarial a
 second network (PatchGAN, arXiv:1611.07004), shown images beside their coarse versions, learns to tell true ones from
 enlarged ones, and the first learns to be taken for true: sharp details, at the price of a larger error. It takes many
-thousands of steps; few leave a grain on everything.
+thousands of steps; few leave a grain on everything. --start goes on from a network of an earlier run, with a new judge
+that learns alone at first.
 Never give it the sensitive images, nor images of the same people: nothing here is differentially private.
 """
 
 import argparse
+import contextlib
 import copy
 import itertools
 from collections.abc import Iterator
@@ -31,6 +33,7 @@ from torch.nn.utils import spectral_norm
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
+from hf_spectral_dp.image_sources import UndecodableImageError, decode_image, load_images, undecoded
 from hf_spectral_dp.super_resolution import SpectralSuperResolution, SpectralSuperResolutionConfig, upscale, upscale_to
 
 CARD = """---
@@ -78,11 +81,16 @@ def public_images(arguments: argparse.Namespace) -> np.ndarray:
         margin = (before, size - digits.shape[1] - before)
         padded = np.pad(digits, ((0, 0), margin, margin))[..., None]
         return np.repeat(padded, channels, axis=-1)
-    from hf_spectral_dp.token_store import load_images
-
-    rows = load_images(arguments.public, arguments.split)
-    squares = (square(row[arguments.image_column], size, channels, rng) for row in rows)
+    photos = readable(arguments.public, arguments.split, arguments.image_column)
+    squares = (square(photo, size, channels, rng) for photo in photos)
     return np.stack(list(tqdm(itertools.islice(squares, arguments.images), "reading", total=arguments.images)))
+
+
+def readable(source: str, split: str, column: str) -> Iterator[Image.Image]:
+    """The images of a source, without those that cannot be decoded."""
+    for row in undecoded(load_images(source, split)):
+        with contextlib.suppress(UndecodableImageError):
+            yield decode_image(row[column])
 
 
 def batches(images: torch.Tensor, batch_size: int, generator: torch.Generator, mirror: bool) -> Iterator[torch.Tensor]:
@@ -139,6 +147,7 @@ def main() -> None:
     parser.add_argument("--license", default="apache-2.0")
     parser.add_argument("--out", required=True)
     parser.add_argument("--codec", help="folder of the codec whose images are to be upscaled and mended")
+    parser.add_argument("--start", help="folder of a network to go on from, whose shape it keeps; with --adversarial")
     parser.add_argument("--scale", type=int, default=2, choices=(2, 4))
     parser.add_argument("--channels", type=int, default=3, choices=(1, 3))
     parser.add_argument("--size", type=int, default=64, help="side of the training images in pixels")
@@ -152,6 +161,8 @@ def main() -> None:
     parser.add_argument("--num_blocks", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    if arguments.start and not arguments.adversarial:
+        parser.error(f"--start {arguments.start} without --adversarial: give the weight of looking true, 0.1 is usual.")
     torch.manual_seed(arguments.seed)
 
     codec = AutoModelForCausalLM.from_pretrained(arguments.codec).codec if arguments.codec else None
@@ -169,23 +180,30 @@ def main() -> None:
     images = torch.from_numpy(public_images(arguments)).permute(0, 3, 1, 2).contiguous()
     held_out = max(1, min(200, len(images) // 10))
     test, images = images[:held_out].float() / 127.5 - 1, images[held_out:]
-    model = SpectralSuperResolution(
-        SpectralSuperResolutionConfig(
-            num_channels=arguments.channels,
-            scale=arguments.scale,
-            features=arguments.features,
-            num_blocks=arguments.num_blocks,
-            keep_average=codec is None,
+    if arguments.start:
+        model = SpectralSuperResolution.from_pretrained(arguments.start).train()
+    else:
+        model = SpectralSuperResolution(
+            SpectralSuperResolutionConfig(
+                num_channels=arguments.channels,
+                scale=arguments.scale,
+                features=arguments.features,
+                num_blocks=arguments.num_blocks,
+                keep_average=codec is None,
+            )
         )
-    )
     judge = Discriminator(arguments.channels) if arguments.adversarial else None
     for network in (model, *([judge] if judge else [])):
         network.to(memory_format=torch.channels_last)  # on a CPU 1.15 times as fast
-    warm = arguments.steps // 10  # steps by absolute error alone before the judge is asked
+    # Steps before the judge is asked: by absolute error alone, or of the judge alone where the network knows its task.
+    warm = arguments.steps // (40 if arguments.start else 10)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=arguments.learning_rate, betas=(0.5, 0.99) if judge else (0.9, 0.999)
     )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, arguments.learning_rate, arguments.steps + 1)
+    learning = arguments.steps - (warm if arguments.start else 0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, arguments.learning_rate, learning + 1, pct_start=0.1 if arguments.start else 0.3
+    )
     judging = torch.optim.Adam(judge.parameters(), lr=4e-4, betas=(0.5, 0.99)) if judge else None
     average = copy.deepcopy(model) if judge else model  # adversarial training goes round in circles
     source = batches(images, arguments.batch_size, torch.Generator().manual_seed(arguments.seed), codec is None)
@@ -203,12 +221,13 @@ def main() -> None:
                 judge.requires_grad_(False)  # it learns from its own loss below
                 false, unlike = judge.of_enlarged(enlarged, target, beside)
                 loss = error + arguments.adversarial * false + unlike / 2
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if judge and judging and step >= warm - 50:
+        if step >= warm or not arguments.start:
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+        if judge and judging and (step >= warm - 50 or arguments.start):
             judge.requires_grad_(True)
             with torch.autocast("cpu", torch.bfloat16, enabled=arguments.bf16):
                 wrong = judge.loss(enlarged, target, beside)

@@ -46,6 +46,7 @@ def test_a_network_for_what_a_codec_makes_of_images(tmp_path, monkeypatch, adver
     for index in range(40):
         pixels = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
         Image.fromarray(pixels).resize((16, 16)).save(tmp_path / "photos" / f"{index}.png")
+    (tmp_path / "photos" / "broken.png").write_bytes(b"no image")  # is passed over
     config = SpectralConfig(
         image_size=16, num_channels=3, levels=3, patch_sizes=[1, 1], codebook_sizes=[8, 8], hidden_size=16,
         intermediate_size=32, num_hidden_layers=1,
@@ -70,3 +71,18 @@ def test_a_network_for_what_a_codec_makes_of_images(tmp_path, monkeypatch, adver
     if adversarial == "0":  # trained on the error alone, it beats plain resampling
         figures = text.split("PSNR in dB: ")[1].split()
         assert float(figures[0].rstrip(";")) > float(figures[2].rstrip(";"))
+    else:  # a new judge, another folder; the steps in which the judge learns alone leave the network as it is
+        given[given.index("--out") + 1] = str(tmp_path / "on")
+        monkeypatch.setattr(sys, "argv", ["train_super_resolution.py", *given, "--start", str(tmp_path / "out")])
+        train_super_resolution.main()
+        on = AutoModelForImageToImage.from_pretrained(tmp_path / "on").eval()
+        changes = [(a - b).abs().max() for a, b in zip(network.parameters(), on.parameters(), strict=True)]
+        assert 0 < max(changes) < 0.5 and f"--start {tmp_path / 'out'}" in (tmp_path / "on" / "README.md").read_text()
+
+
+def test_going_on_without_a_judge_is_refused(monkeypatch, capsys):
+    given = ["--public", "glyphs", "--start", "folder", "--out", "out"]
+    monkeypatch.setattr(sys, "argv", ["train_super_resolution.py", *given])
+    with pytest.raises(SystemExit):
+        train_super_resolution.main()
+    assert "--start folder without --adversarial" in capsys.readouterr().err
