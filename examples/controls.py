@@ -5,13 +5,14 @@ when a config has an `evaluation` section. Only the first two figures are free o
 are computed from them outside of any guarantee, so they are printed for the owner of the data and kept off the card.
 """
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from hf_spectral_dp import DPSpectralPipeline
 from hf_spectral_dp.assessment import draw_images
@@ -71,7 +72,7 @@ def compare(
     section: dict[str, Any],
     data: dict[str, Any],
     pipeline: DPSpectralPipeline,
-    prior: str,
+    prior: Any,
     store: TokenStore,
     args: Any,
     test: Labelled,
@@ -80,7 +81,7 @@ def compare(
 
     Args:
         section: the config's `evaluation`; data: the config's `data`.
-        pipeline: the trained pipeline; prior: folder or Hub id of the public model it started from.
+        pipeline: the trained pipeline; prior: the public model that it started from.
         store: the private token rows; args: the training arguments.
         test: `real_images` of the section, read before anything was spent.
     """
@@ -88,18 +89,15 @@ def compare(
     test_images, test_labels = test
 
     def twin() -> Labelled:
-        model = AutoModelForCausalLM.from_pretrained(prior)
         folder = Path(args.output_dir).with_name("twin")
         epochs = section.get("twin_epochs", 15)
-        model = trained_without_privacy(model, store, epochs, folder, args.use_cpu)
+        model = trained_without_privacy(copy.deepcopy(prior), store, epochs, folder, args.use_cpu)
         model.save_pretrained(folder)  # for examples/evaluate.py --twin; never to be published
         return generated(pipeline, model, each)
 
     publishable: dict[str, Callable[[], Labelled]] = {
         f"images generated at epsilon {args.target_epsilon:g}": lambda: generated(pipeline, pipeline.model, each),
-        "floor: images of the public model (epsilon 0)": lambda: generated(
-            pipeline, AutoModelForCausalLM.from_pretrained(prior), each
-        ),
+        "floor: images of the public model (epsilon 0)": lambda: generated(pipeline, prior, each),
     }
     private: dict[str, Callable[[], Labelled]] = {
         "twin: images of a model trained without privacy": twin,

@@ -14,6 +14,7 @@ ones, beside its controls. All sections and fields are explained in examples/con
 """
 
 import argparse
+import copy
 import importlib.resources
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ FIELDS = {
     "data": COLUMNS
     | {"config_name", "revision", "num_examples", "description", "unit_column", "max_rows_per_unit", "views"}
     | {"caption_column", "caption_files"},
-    "model": {"prior", "prior_source", "super_resolution", "super_resolution_source"}
+    "model": {"prior", "prior_source", "super_resolution", "super_resolution_source", "num_classes"}
     | {"text_encoder", "text_encoder_source", "max_text_tokens"},
     "training": set(DPTrainingArguments.__dataclass_fields__) - {"output_dir"},
     "sampling": set(SAMPLING_VALUES),
@@ -141,6 +142,13 @@ def main() -> None:
                 " would stay random; use lora_rank 0, or a prior with text (examples/pretrain.py --text_encoder)."
             )
     model = AutoModelForCausalLM.from_pretrained(prior, **textual)
+    if (classes := config["model"].get("num_classes", model.config.num_classes)) != model.config.num_classes:
+        if args.lora_rank:
+            raise ValueError(
+                f"num_classes={classes} are new to prior={prior!r}, and lora_rank={args.lora_rank} would leave their"
+                " embeddings all alike; use lora_rank 0."
+            )
+        model = model.with_classes(classes)
     processor = AutoImageProcessor.from_pretrained(prior)
     network = config["model"]["super_resolution"]  # ours, Swin2SR or their kind; none where the tokens need none
     detail = AutoModelForImageToImage.from_pretrained(located(network)) if network else None
@@ -150,6 +158,7 @@ def main() -> None:
     store = tokenise(config, model, processor, text, views, output / "tokens")
     evaluated = config["evaluation"] if PartialState().is_main_process else None
     test = real_images(evaluated, processor) if evaluated else None
+    public = copy.deepcopy(model) if test else None
     trainer = DPTrainer(model, args, store)
     trainer.train(resume_from_checkpoint=arguments.resume or None)
     if not trainer.is_world_process_zero():
@@ -168,7 +177,7 @@ def main() -> None:
     image_grid(images, columns=model.config.num_classes or 8).save(folder / "samples.png")
 
     # 4. The card, from the run itself.
-    evaluation = compare(config["evaluation"], data, pipeline, prior, store, args, test) if test else []
+    evaluation = compare(config["evaluation"], data, pipeline, public, store, args, test) if test else []
     run, about = trainer.privacy_report(), config["card"]
     looks = list(about.get("outside_guarantee", []))
     if evaluation:

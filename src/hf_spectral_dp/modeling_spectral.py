@@ -71,6 +71,31 @@ class SpectralTokenizerForCausalLM(HubModel, PreTrainedModel, GenerationMixin):
             self.generation_config.max_length = layout.length + 1
             self.generation_config.do_sample = True
 
+    def with_classes(self, num_classes: int) -> "SpectralTokenizerForCausalLM":
+        """The same model for other classes, of which it knows nothing yet: each starts from the null condition.
+
+        So a public model without classes, or with classes of its own, can be trained on images of any classes.
+
+        Args:
+            num_classes: >= 0; 0 gives an unconditional model.
+
+        Returns:
+            A new model with copies of all weights; codec and tokens stay the same.
+
+        Raises:
+            ValueError: a negative number, or classes for a model with text.
+        """
+        config = SpectralConfig.from_dict(self.config.to_dict(), num_classes=num_classes)
+        codes, null = self.config.layout.codes, self.config.null_token_id
+        model, state = type(self)(config), self.state_dict()
+        for name, own in model.state_dict().items():
+            if name == "allowed":  # follows from the configuration
+                state[name] = own
+            elif name in ("model.embed_tokens.weight", "lm_head.weight"):
+                state[name] = torch.cat([state[name][:codes], state[name][null].expand(num_classes + 1, -1)])
+        model.load_state_dict(state)
+        return model.to(self.device, self.dtype).train(self.training)
+
     def get_input_embeddings(self) -> nn.Embedding:
         return self.model.embed_tokens
 
