@@ -27,7 +27,8 @@ as the row says.
 measures instead, as "ours", a pipeline that examples/train.py made, at the epsilon that its card states.
 
     python -m benchmarks.quality --dataset faces --size photos --codec benchmarks/checkpoints/photos-codec \
-        --super_resolution benchmarks/checkpoints/photos-super-resolution --keep runs/public --out faces.json
+        --super_resolution src/hf_spectral_dp/checkpoints/photos-super-resolution --keep runs/public \
+        --out faces.json
 
 For colour images codec and super-resolution come from folders that examples/pretrain_codec.py and
 examples/train_super_resolution.py made of public photos. Then "ours" takes that codec, and every method ends with that

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from sklearn.datasets import load_sample_images
 from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageToImage
 
 import hf_spectral_dp
-from hf_spectral_dp.super_resolution import upscale
+from hf_spectral_dp.super_resolution import upscale, upscale_to
 
 FOLDER = Path(hf_spectral_dp.__file__).parent / "checkpoints"
 ROOT = Path(__file__).parents[1]
@@ -58,3 +59,37 @@ def test_the_digits_are_trained():
     detailed = upscale(network, low)
     plain = torch.nn.functional.interpolate(low, scale_factor=2, mode="bicubic")
     assert (detailed - pixels).square().mean() < 0.5 * (plain - pixels).square().mean()
+
+
+def test_the_photos_are_trained():
+    """On squares of the two photos that come with scikit-learn, which are in no training set of ours."""
+    squares = [
+        photo[top : top + side, left : left + side]
+        for photo in load_sample_images().images
+        for side in (128, 256)
+        for top in range(0, 427 - side, 64)
+        for left in range(0, 640 - side, 128)
+    ]
+    processor = AutoImageProcessor.from_pretrained(FOLDER / "photos")
+    model = AutoModelForCausalLM.from_pretrained(FOLDER / "photos").eval()
+    pixels = processor(squares)["pixel_values"]
+    tokens = model.codec.encode(pixels)
+    low = torch.nn.functional.avg_pool2d(pixels, 4)
+    assert (model.decode(tokens) - low).square().mean() < 0.2 * (low - low.mean((2, 3), keepdim=True)).square().mean()
+    generator = torch.Generator().manual_seed(0)
+    order = torch.cat([torch.randperm(scale.tokens, generator=generator) + scale.first_position
+                       for scale in model.config.layout.scales])  # fmt: skip
+    start = model.start_tokens(None, len(tokens))[:, None]
+    with torch.no_grad():
+        loss = model.per_example_loss(torch.cat([start, tokens], 1))
+        mixed = model.per_example_loss(torch.cat([start, tokens[:, order]], 1))
+        network = AutoModelForImageToImage.from_pretrained(FOLDER / "photos-super-resolution").eval()
+        detailed = upscale_to(64, network, model.decode(tokens))
+    assert loss.mean() < 4.9  # a uniform guess costs 5.55 nats per token
+    assert (loss < mixed).float().mean() > 0.9  # and it knows how places hang together
+
+    def contrast(images: torch.Tensor) -> float:
+        return float(images.diff(dim=-1).abs().mean())
+
+    plain = upscale_to(64, "bicubic", model.decode(tokens))
+    assert abs(contrast(detailed) - contrast(pixels)) < 0.5 * abs(contrast(plain) - contrast(pixels))

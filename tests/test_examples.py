@@ -101,6 +101,7 @@ def test_images_in_pipeline_and_card_out(job, tmp_path):
         ("training", "epsilon", 1.0, r"unknown fields \['epsilon'\]"),
         ("sampling", "temprature", 1.0, r"unknown fields \['temprature'\]"),
         ("data", "description", " ", "data.description must say something"),
+        ("data", "views", {"count": 3}, "count=3 with no change given"),
         ("model", "prior_source", None, r"model lacks \['prior_source'\]"),
     ],
 )
@@ -117,6 +118,38 @@ def test_a_config_that_cannot_work_fails_before_any_image_is_read(
     with pytest.raises(ValueError, match=message):
         train.main()
     assert not (tmp_path / "out").exists()
+
+
+def test_adapters_cannot_learn_new_classes(job, tmp_path, monkeypatch):
+    job["model"]["num_classes"], job["training"]["lora_rank"] = 3, 2
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(job))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(config)])
+    with pytest.raises(ValueError, match="num_classes=3 are new to prior=.* use lora_rank 0"):
+        train.main()
+
+
+@pytest.mark.slow
+def test_any_classes_start_from_the_bundled_photos(job, tmp_path):
+    """The recipe of faces.yaml on a few colour images of three classes, each in two views."""
+    model = yaml.safe_load((EXAMPLES / "configs" / "faces.yaml").read_text())["model"]
+    job["model"] = {**model, "num_classes": 3}
+    generator = np.random.default_rng(0)
+    pictures = [Picture.fromarray(generator.integers(0, 256, (20, 30, 3), dtype=np.uint8)) for _ in range(60)]
+    features = Features({"image": Image(), "label": ClassLabel(num_classes=3)})
+    rows = Dataset.from_dict({"image": pictures, "label": [index % 3 for index in range(60)]}, features=features)
+    rows.to_parquet(tmp_path / "data" / "train.parquet")
+    job["data"]["views"] = {"count": 2, "mirror": True}
+    job["training"] |= {"max_steps": 2, "save_strategy": "no"}
+    del job["evaluation"], job["training"]["save_steps"]
+    done = run(job, tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "out" / "pipeline"
+    assert PrivacyCard.load(folder).verify(folder) == []
+    pipeline = DPSpectralPipeline.from_pretrained(folder)
+    assert pipeline(class_labels=2, num_images=1).images[0].size == (64, 64)
+    with pytest.raises(ValueError, match="num_classes=3"):
+        pipeline(class_labels=3)
 
 
 def test_test_images_that_cannot_be_used_end_the_run_before_it_spends(job, tmp_path, monkeypatch):

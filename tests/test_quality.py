@@ -16,6 +16,7 @@ from hf_spectral_dp.super_resolution import upscale, upscale_to
 
 ROOT = Path(__file__).parents[1]
 PUBLIC_MODELS = ROOT / "benchmarks" / "checkpoints"
+BUNDLED = ROOT / "src" / "hf_spectral_dp" / "checkpoints"
 PUBLIC_FIELDS = ("prior", "prior_source", "super_resolution", "super_resolution_source")
 
 
@@ -25,8 +26,7 @@ def public_claims() -> dict[str, str]:
     for path in (ROOT / "examples" / "configs").glob("*.yaml"):
         model = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
         claims |= {f"{path.name}: {field}": str(model[field]) for field in PUBLIC_FIELDS if field in model}
-    bundled = ROOT / "src" / "hf_spectral_dp" / "checkpoints"
-    for path in (*bundled.glob("*/README.md"), *PUBLIC_MODELS.glob("*/README.md")):
+    for path in (*BUNDLED.glob("*/README.md"), *PUBLIC_MODELS.glob("*/README.md")):
         claims[f"{path.parent.name}/README.md"] = path.read_text(encoding="utf-8")
     return claims
 
@@ -136,7 +136,7 @@ def test_the_coarse_distance_sees_colours_and_no_detail():
 
 def test_the_public_models_of_the_colour_benchmark_fit_each_other():
     codec = AutoModelForCausalLM.from_pretrained(PUBLIC_MODELS / "photos-codec")
-    network = AutoModelForImageToImage.from_pretrained(PUBLIC_MODELS / "photos-super-resolution").eval()
+    network = AutoModelForImageToImage.from_pretrained(BUNDLED / "photos-super-resolution").eval()
     images = torch.rand(2, 3, 64, 64) * 2 - 1
     with torch.no_grad():
         coarse = codec.decode(codec.codec.encode(images))
