@@ -1,0 +1,40 @@
+"""A public model takes other classes, and knows nothing of them until it is trained."""
+
+import pytest
+import torch
+from conftest import tiny_model, wild
+from transformers import AutoModelForCausalLM
+
+from hf_spectral_dp import SpectralConfig, SpectralTokenizerForCausalLM
+
+CODES = 48  # of `tiny_model`
+
+
+@pytest.mark.parametrize("classes", [0, 3, 10, 12])
+@pytest.mark.parametrize("tied", [False, True])
+def test_other_classes_start_from_the_null_condition(classes, tied):
+    config = SpectralConfig.from_dict(tiny_model().config.to_dict(), tie_word_embeddings=tied)
+    before = wild(SpectralTokenizerForCausalLM(config))
+    after = before.with_classes(classes)
+    assert after.config.num_classes == classes and after.config.vocab_size == CODES + classes + 1
+    generator, scales = torch.Generator().manual_seed(0), before.config.layout.scales
+    ranges = [(scale.first_id, scale.first_id + scale.codes, (4, scale.tokens)) for scale in scales]
+    tokens = torch.cat([torch.randint(*each, generator=generator) for each in ranges], 1)
+    rows = torch.cat([before.start_tokens(None, 4)[:, None], tokens], 1)
+    wanted = before(input_ids=rows).logits[..., :CODES]
+    for start in (*after.config.class_token_ids, after.config.null_token_id):
+        rows[:, 0] = start
+        torch.testing.assert_close(after(input_ids=rows).logits[..., :CODES], wanted)
+        assert (after(input_ids=rows).logits[..., CODES:] < -1e30).all()
+    for index in range(3):
+        assert torch.equal(after.codec.codebook(index), before.codec.codebook(index))
+    with torch.no_grad():  # nothing is shared
+        after.position_embedding.weight.add_(1)
+    assert not torch.equal(after.position_embedding.weight, before.position_embedding.weight)
+
+
+def test_other_classes_are_saved_and_loaded(tmp_path):
+    tiny_model().with_classes(3).save_pretrained(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.class_token_ids == [CODES, CODES + 1, CODES + 2]
+    with pytest.raises(ValueError, match="num_classes=-1"):
+        tiny_model().with_classes(-1)
