@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_spectral_dp import SpectralImageProcessor
-from hf_spectral_dp.image_sources import UndecodableImageError, decode_image, load_images
+from hf_spectral_dp.image_sources import load_images, readable
 
 PRIVATE = ("mnist", "cifar10", "cifar-10", "faces", "utkface")
 """Names of image sets that play the private one. Nothing that is called public may come from any of these."""
@@ -91,11 +91,8 @@ def public_images(images: ImageSet, data: Path, count: int) -> Labelled:
 
 def _labelled(images: ImageSet, rows: Iterator[dict[str, Any]], label_column: str | None) -> Labelled:
     decoded, labels = [], []
-    for row in rows:
-        try:
-            decoded.append(decode_image(row["image"]))
-        except UndecodableImageError:
-            continue
+    for image, row in readable(rows, "image"):
+        decoded.append(image)
         labels.append(-1 if label_column is None else row[label_column])
     pixels = [images.processor(decoded[start : start + 1000])["pixel_values"] for start in range(0, len(decoded), 1000)]
     return torch.cat(pixels), torch.tensor(labels)

@@ -70,10 +70,7 @@ class TokenGenerator:
 
     def name_classes(self) -> None:
         """After training on images without labels: every class starts from what is known of the null token."""
-        config = self.model.config
-        with torch.no_grad():
-            table = self.model.model.embed_tokens.weight
-            table[config.class_token_ids] = table[config.null_token_id].clone()
+        self.model = self.model.with_classes(self.model.config.num_classes)
 
 
 class Denoiser(nn.Module):

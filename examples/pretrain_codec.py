@@ -9,12 +9,13 @@ the share of code words in use, measured on held-out public images.
 """
 
 import argparse
+import itertools
 
 import numpy as np
 import torch
 
 from hf_spectral_dp import SpectralConfig, SpectralImageProcessor, SpectralTokenizerForCausalLM
-from hf_spectral_dp.image_sources import UndecodableImageError, decode_image, load_images, undecoded
+from hf_spectral_dp.image_sources import load_images, readable, undecoded
 
 
 def public_images(source: str, split: str, column: str, count: int, seed: int) -> list:
@@ -23,15 +24,7 @@ def public_images(source: str, split: str, column: str, count: int, seed: int) -
         from public_glyphs import render_digits
 
         return list(render_digits(count, seed)[0])
-    found = []
-    for row in undecoded(load_images(source, split)):
-        try:
-            found.append(decode_image(row[column]))
-        except UndecodableImageError:
-            continue
-        if len(found) == count:
-            break
-    return found
+    return [image for image, _ in itertools.islice(readable(undecoded(load_images(source, split)), column), count)]
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ network that learned to overlook them could not measure them. Run `python -m ben
 """
 
 import argparse
+import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_spectral_dp import SpectralImageProcessor
-from hf_spectral_dp.image_sources import UndecodableImageError, decode_image, load_images, undecoded
+from hf_spectral_dp.image_sources import load_images, readable, undecoded
 from hf_spectral_dp.metrics.public_features import PublicFeatureConfig, PublicFeatureNetwork
 
 CARD = """---
@@ -52,15 +53,10 @@ def public_images(
     """uint8 images (n, 3, size, size) and their labels, in a random order that is the same every time."""
     processor = SpectralImageProcessor(image_size=size, num_channels=3)
     pixels, labels = [], []
-    for row in undecoded(load_images(source, split)):
-        try:
-            image = processor(decode_image(row[image_column]))["pixel_values"]
-        except UndecodableImageError:
-            continue
+    for picture, row in itertools.islice(readable(undecoded(load_images(source, split)), image_column), limit):
+        image = processor(picture)["pixel_values"]
         pixels.append(((image + 1) * 127.5).round().to(torch.uint8))
         labels.append(row[label_column])
-        if len(labels) == limit:
-            break
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     return torch.cat(pixels)[order], [labels[index] for index in order]
 

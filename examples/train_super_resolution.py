@@ -18,7 +18,6 @@ Never give it the sensitive images, nor images of the same people: nothing here 
 """
 
 import argparse
-import contextlib
 import copy
 import itertools
 from collections.abc import Iterator
@@ -33,7 +32,7 @@ from torch.nn.utils import spectral_norm
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
-from hf_spectral_dp.image_sources import UndecodableImageError, decode_image, load_images, undecoded
+from hf_spectral_dp.image_sources import load_images, readable, undecoded
 from hf_spectral_dp.super_resolution import SpectralSuperResolution, SpectralSuperResolutionConfig, upscale, upscale_to
 
 CARD = """---
@@ -81,16 +80,9 @@ def public_images(arguments: argparse.Namespace) -> np.ndarray:
         margin = (before, size - digits.shape[1] - before)
         padded = np.pad(digits, ((0, 0), margin, margin))[..., None]
         return np.repeat(padded, channels, axis=-1)
-    photos = readable(arguments.public, arguments.split, arguments.image_column)
-    squares = (square(photo, size, channels, rng) for photo in photos)
+    rows = undecoded(load_images(arguments.public, arguments.split))
+    squares = (square(photo, size, channels, rng) for photo, _ in readable(rows, arguments.image_column))
     return np.stack(list(tqdm(itertools.islice(squares, arguments.images), "reading", total=arguments.images)))
-
-
-def readable(source: str, split: str, column: str) -> Iterator[Image.Image]:
-    """The images of a source, without those that cannot be decoded."""
-    for row in undecoded(load_images(source, split)):
-        with contextlib.suppress(UndecodableImageError):
-            yield decode_image(row[column])
 
 
 def batches(images: torch.Tensor, batch_size: int, generator: torch.Generator, mirror: bool) -> Iterator[torch.Tensor]:
@@ -177,32 +169,28 @@ def main() -> None:
         block = arguments.size // codec.config.coarse_size
         return F.avg_pool2d(target, block if step % 4 == 2 else 2 * block)
 
+    task = {"num_channels": arguments.channels, "scale": arguments.scale, "keep_average": codec is None}
+    if arguments.start:
+        model = SpectralSuperResolution.from_pretrained(arguments.start).train()
+        if (found := {name: getattr(model.config, name) for name in task}) != task:
+            parser.error(f"--start {arguments.start} is made for {found}, the task is {task}; start from one for it.")
+    else:
+        shape = {"features": arguments.features, "num_blocks": arguments.num_blocks}
+        model = SpectralSuperResolution(SpectralSuperResolutionConfig(**task, **shape))
     images = torch.from_numpy(public_images(arguments)).permute(0, 3, 1, 2).contiguous()
     held_out = max(1, min(200, len(images) // 10))
     test, images = images[:held_out].float() / 127.5 - 1, images[held_out:]
-    if arguments.start:
-        model = SpectralSuperResolution.from_pretrained(arguments.start).train()
-    else:
-        model = SpectralSuperResolution(
-            SpectralSuperResolutionConfig(
-                num_channels=arguments.channels,
-                scale=arguments.scale,
-                features=arguments.features,
-                num_blocks=arguments.num_blocks,
-                keep_average=codec is None,
-            )
-        )
     judge = Discriminator(arguments.channels) if arguments.adversarial else None
     for network in (model, *([judge] if judge else [])):
         network.to(memory_format=torch.channels_last)  # on a CPU 1.15 times as fast
     # Steps before the judge is asked: by absolute error alone, or of the judge alone where the network knows its task.
     warm = arguments.steps // (40 if arguments.start else 10)
+    learns_from, judge_from = (warm, 0) if arguments.start else (0, warm - 50)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=arguments.learning_rate, betas=(0.5, 0.99) if judge else (0.9, 0.999)
     )
-    learning = arguments.steps - (warm if arguments.start else 0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, arguments.learning_rate, learning + 1, pct_start=0.1 if arguments.start else 0.3
+        optimizer, arguments.learning_rate, arguments.steps - learns_from + 1, pct_start=0.1 if arguments.start else 0.3
     )
     judging = torch.optim.Adam(judge.parameters(), lr=4e-4, betas=(0.5, 0.99)) if judge else None
     average = copy.deepcopy(model) if judge else model  # adversarial training goes round in circles
@@ -221,13 +209,13 @@ def main() -> None:
                 judge.requires_grad_(False)  # it learns from its own loss below
                 false, unlike = judge.of_enlarged(enlarged, target, beside)
                 loss = error + arguments.adversarial * false + unlike / 2
-        if step >= warm or not arguments.start:
+        if step >= learns_from:
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-        if judge and judging and (step >= warm - 50 or arguments.start):
+        if judge and judging and step >= judge_from:
             judge.requires_grad_(True)
             with torch.autocast("cpu", torch.bfloat16, enabled=arguments.bf16):
                 wrong = judge.loss(enlarged, target, beside)

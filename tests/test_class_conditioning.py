@@ -28,6 +28,7 @@ def test_other_classes_start_from_the_null_condition(classes, tied):
         assert (after(input_ids=rows).logits[..., CODES:] < -1e30).all()
     for index in range(3):
         assert torch.equal(after.codec.codebook(index), before.codec.codebook(index))
+    assert (after.lm_head.weight is after.model.embed_tokens.weight) == tied
     with torch.no_grad():  # nothing is shared
         after.position_embedding.weight.add_(1)
     assert not torch.equal(after.position_embedding.weight, before.position_embedding.weight)
@@ -38,3 +39,14 @@ def test_other_classes_are_saved_and_loaded(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config.class_token_ids == [CODES, CODES + 1, CODES + 2]
     with pytest.raises(ValueError, match="num_classes=-1"):
         tiny_model().with_classes(-1)
+
+
+def test_every_weight_keeps_its_precision_and_the_codec_its_tokens():
+    before = tiny_model().bfloat16()
+    before.codec.float()  # as `from_pretrained(..., dtype=torch.bfloat16)` loads it
+    after = before.with_classes(3)
+    assert {name: value.dtype for name, value in after.state_dict().items()} == {
+        name: value.dtype for name, value in before.state_dict().items()
+    }
+    assert after.codec.codebook(0).dtype == torch.float32 and after.lm_head.weight.dtype == torch.bfloat16
+    assert all(parameter.requires_grad for parameter in after.parameters())

@@ -68,6 +68,13 @@ def run(job: dict, tmp_path: Path, *options: str) -> subprocess.CompletedProcess
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
+def run_here(job: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(job))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(config)])
+    train.main()
+
+
 @pytest.mark.slow
 def test_images_in_pipeline_and_card_out(job, tmp_path):
     done = run(job, tmp_path)
@@ -111,22 +118,17 @@ def test_a_config_that_cannot_work_fails_before_any_image_is_read(
     job.setdefault(section, {})[field] = value
     if value is None:
         del job[section][field]
-    config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(job))
     monkeypatch.setattr(train, "load_images", lambda *args, **kwargs: pytest.fail("images were read"))
-    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(config)])
     with pytest.raises(ValueError, match=message):
-        train.main()
+        run_here(job, tmp_path, monkeypatch)
     assert not (tmp_path / "out").exists()
 
 
 def test_adapters_cannot_learn_new_classes(job, tmp_path, monkeypatch):
     job["model"]["num_classes"], job["training"]["lora_rank"] = 3, 2
-    config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(job))
-    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(config)])
+    monkeypatch.setattr(train, "load_images", lambda *args, **kwargs: pytest.fail("images were read"))
     with pytest.raises(ValueError, match="num_classes=3 are new to prior=.* use lora_rank 0"):
-        train.main()
+        run_here(job, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
@@ -154,12 +156,9 @@ def test_any_classes_start_from_the_bundled_photos(job, tmp_path):
 
 def test_test_images_that_cannot_be_used_end_the_run_before_it_spends(job, tmp_path, monkeypatch):
     job["evaluation"]["label_column"] = "colour"
-    config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(job))
     monkeypatch.setattr(train, "DPTrainer", lambda *args: pytest.fail("training began"))
-    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(config)])
     with pytest.raises(ValueError, match="no column 'colour'"):
-        train.main()
+        run_here(job, tmp_path, monkeypatch)
 
 
 def test_a_broken_test_image_is_left_out_of_the_controls(tmp_path):

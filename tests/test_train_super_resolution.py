@@ -86,3 +86,13 @@ def test_going_on_without_a_judge_is_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         train_super_resolution.main()
     assert "--start folder without --adversarial" in capsys.readouterr().err
+
+
+def test_a_network_of_another_task_is_refused_before_any_image_is_read(tmp_path, monkeypatch, capsys):
+    config = train_super_resolution.SpectralSuperResolutionConfig(num_channels=1, features=4, num_blocks=1)
+    train_super_resolution.SpectralSuperResolution(config).save_pretrained(tmp_path / "grey")
+    given = ["--public", "nowhere", "--adversarial", "0.1", "--start", str(tmp_path / "grey"), "--out", "out"]
+    monkeypatch.setattr(sys, "argv", ["train_super_resolution.py", *given])
+    with pytest.raises(SystemExit):
+        train_super_resolution.main()
+    assert "'num_channels': 1" in (said := capsys.readouterr().err) and "the task is {'num_channels': 3" in said

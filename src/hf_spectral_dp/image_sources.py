@@ -15,7 +15,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -271,6 +271,16 @@ def decode_image(value: Any, max_pixels: int = MAX_PIXELS) -> Any:
         raise UndecodableImageError(f"{type(error).__name__}: {error}") from error
 
 
+def readable(rows: Iterable[Mapping[str, Any]], image_column: str) -> Iterator[tuple[Any, Mapping[str, Any]]]:
+    """Every row whose image can be decoded, behind that image; the others are passed over. See `undecoded`."""
+    for row in rows:
+        try:
+            image = decode_image(row[image_column])
+        except UndecodableImageError:
+            continue
+        yield image, row
+
+
 def decode_batch(images: Sequence[Any], image_processor: Any) -> tuple[Tensor | None, list[int], list[str]]:
     """Pixel values (b, C, H, W) of the images that can be decoded, their positions, and why the others could not.
 
@@ -446,5 +456,6 @@ __all__ = [
     "decode_batch",
     "decode_image",
     "load_images",
+    "readable",
     "undecoded",
 ]

@@ -87,14 +87,13 @@ class SpectralTokenizerForCausalLM(HubModel, PreTrainedModel, GenerationMixin):
         """
         config = SpectralConfig.from_dict(self.config.to_dict(), num_classes=num_classes)
         codes, null = self.config.layout.codes, self.config.null_token_id
-        model, state = type(self)(config), self.state_dict()
-        for name, own in model.state_dict().items():
-            if name == "allowed":  # follows from the configuration
-                state[name] = own
-            elif name in ("model.embed_tokens.weight", "lm_head.weight"):
-                state[name] = torch.cat([state[name][:codes], state[name][null].expand(num_classes + 1, -1)])
-        model.load_state_dict(state)
-        return model.to(self.device, self.dtype).train(self.training)
+        model, state = type(self)(config), {name: value.clone() for name, value in self.state_dict().items()}
+        state["allowed"] = model.allowed  # follows from the configuration
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            state[name] = torch.cat([state[name][:codes], state[name][null].expand(num_classes + 1, -1)])
+        model.load_state_dict(state, assign=True)  # each weight in its own precision: the codec's is never lowered
+        model.tie_weights()
+        return model.to(self.device).train(self.training)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.model.embed_tokens

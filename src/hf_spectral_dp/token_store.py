@@ -139,7 +139,7 @@ class TokenStore:
         flat = wanted.reshape(-1).astype(np.int64)
         rows = np.empty((len(flat), self.row_length), dtype=np.int64)
         chunks, size = self._chunks, len(self._chunks[0])  # all chunks but the last have the same size
-        shown = self._coins.integers(self.views, size=len(flat)) if self.views > 1 else np.zeros(len(flat), np.int64)
+        shown = self._coins.integers(self.views, size=len(flat))
         for position, (index, view) in enumerate(zip(flat.tolist(), shown.tolist(), strict=True)):
             rows[position] = chunks[index // size][index % size, view]
         found = {"input_ids": torch.from_numpy(rows.reshape(*wanted.shape, self.row_length))}

@@ -67,9 +67,7 @@ class Views:
         """
         draw = torch.rand(self.count, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1
         shown = [images]
-        for number, (turn, size, slant, right, down) in enumerate(draw.tolist()):
-            if number == 0:
-                continue
+        for number, (turn, size, slant, right, down) in enumerate(draw[1:].tolist(), 1):
             view = images.flip(-1) if self.mirror and number % 2 else images
             if self._bends:
                 angle, scale = math.radians(self.rotation * turn), 1 + self.scaling * size
