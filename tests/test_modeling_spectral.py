@@ -103,6 +103,26 @@ def test_generate_without_input_starts_at_the_null_token(model):
 # Sampling draws from the model's distribution.
 
 
+@pytest.mark.parametrize("length", [1, 3, LENGTH])
+def test_the_loss_is_that_over_all_codes_with_foreign_ones_shut_out(model, length):
+    rows = sequences(model, 5)[:, : 1 + length]
+    logits = model(rows).logits[:, :-1]  # the mask gives codes of other scales no probability
+    each = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none").view(5, length)
+    torch.testing.assert_close(model.per_example_loss(rows), each.mean(1))
+    labels = rows.masked_fill(torch.arange(1 + length) % 3 == 2, -100)
+    kept = labels[:, 1:] != -100
+    torch.testing.assert_close(model(rows, labels=labels).loss, each[kept].mean())
+    free = model(rows, foreign_codes=True).logits[:, :-1]
+    own = model.allowed[:length].expand_as(free)
+    assert torch.equal(free[own], logits[own]) and not torch.equal(free, logits)
+
+
+def test_labels_need_rows_from_their_start(model):
+    rows = sequences(model, 2)
+    with pytest.raises(ValueError, match="start token"):
+        model(rows, labels=rows, position_ids=torch.arange(rows.shape[1])[None])
+
+
 @pytest.mark.parametrize("labels", [torch.arange(4), None])
 @torch.no_grad()
 def test_cached_logits_equal_uncached_ones(model, drawn, labels):

@@ -111,17 +111,22 @@ class SpectralTokenizerForCausalLM(HubModel, PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         text_states: Tensor | None = None,
+        foreign_codes: bool = False,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits (B, t, vocab_size) for the next token; codes of a foreign scale get the lowest finite value.
+
+        With `foreign_codes` those are left as the head gives them, for who reads only each position's own scale.
 
         `position_ids` count from the start token, which has 0. `text_states` belong to the first call with a cache;
         later ones do not look at them. `labels` (B, t), as in every causal LM of transformers: equal to `input_ids`,
         shifted inside, -100 ignored; `loss` is the mean negative log-likelihood per token in nats.
 
         Raises:
-            ValueError: text states of another shape, or for a model without text.
+            ValueError: text states of another shape, or for a model without text; labels without the start of the row.
         """
+        if labels is not None and (past_key_values is not None or position_ids is not None):
+            raise ValueError("labels need rows from their start token: leave out past_key_values and position_ids.")
         if inputs_embeds is None:
             inputs_embeds = self.model.embed_tokens(input_ids)
         batch, length = inputs_embeds.shape[:2]
@@ -144,11 +149,12 @@ class SpectralTokenizerForCausalLM(HubModel, PreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             use_cache=use_cache,
         )
-        logits = self.lm_head(outputs.last_hidden_state[:, -length:])
-        logits = logits.masked_fill(~self.allowed[position_ids], torch.finfo(logits.dtype).min)
-        loss = None
+        logits, loss = self.lm_head(outputs.last_hidden_state[:, -length:]), None
         if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
+            wanted = labels[:, 1:]
+            loss = self._negative_log_likelihood(logits[:, :-1], wanted).sum() / (wanted != -100).sum()
+        if not foreign_codes:
+            logits = logits.masked_fill(~self.allowed[position_ids], torch.finfo(logits.dtype).min)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
 
     def _prepare_static_cache(self, *args, max_cache_len: int, **kwargs) -> Cache:
@@ -178,11 +184,22 @@ class SpectralTokenizerForCausalLM(HubModel, PreTrainedModel, GenerationMixin):
 
         The divisor is the public length T, so that the loss of one row never depends on another row.
         """
-        logits = self(input_ids=input_ids[:, :-1], use_cache=False, text_states=text_states).logits.float()
-        targets = input_ids[:, 1:]
-        # Flat: with the classes in the middle, as (B, V, T), torch's loss takes seven times as long on a CPU.
-        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-        return losses.view(targets.shape).mean(1)
+        logits = self(input_ids[:, :-1], use_cache=False, text_states=text_states, foreign_codes=True).logits
+        return self._negative_log_likelihood(logits, input_ids[:, 1:]).mean(1)
+
+    def _negative_log_likelihood(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """In nats, (B, t), of the first t tokens, from logits (B, t, vocab_size) of the head; 0 where a target is -100.
+
+        Scale by scale, each with its own codes only: with 2,048 codes most of a step's time went into the others.
+        """
+        scales, losses = self.config.layout.scales, []
+        lengths = [min(max(targets.shape[1] - scale.first_position, 0), scale.tokens) for scale in scales]
+        for scale, some, wanted in zip(scales, logits.split(lengths, 1), targets.split(lengths, 1), strict=True):
+            own = some[..., scale.first_id : scale.first_id + scale.codes].float()
+            code = torch.where(wanted == -100, -100, wanted - scale.first_id)
+            # Flat: with the classes in the middle, as (B, V, T), torch's loss takes seven times as long on a CPU.
+            losses.append(F.cross_entropy(own.flatten(0, 1), code.flatten(), reduction="none").view(code.shape))
+        return torch.cat(losses, 1)
 
     def start_tokens(self, class_labels: Tensor | None, num_samples: int | None = None) -> Tensor:
         """Start token ids (B,): of the class labels, or null tokens.
