@@ -46,6 +46,16 @@ def wild(model: SpectralTokenizerForCausalLM, std: float = 0.4) -> SpectralToken
     return model.eval()
 
 
+def sequences(model: SpectralTokenizerForCausalLM, rows: int = 4, seed: int = 0) -> torch.Tensor:
+    """Legal sequences (rows, 1 + length) with random start tokens, made without the model's own sampling."""
+    generator = torch.Generator().manual_seed(seed)
+    layout, vocabulary = model.config.layout, model.config.vocab_size
+    columns = [torch.randint(layout.codes, vocabulary, (rows,), generator=generator)]
+    for scale in (layout.scales[index] for index in layout.scale_of_position):
+        columns.append(torch.randint(scale.first_id, scale.first_id + scale.codes, (rows,), generator=generator))
+    return torch.stack(columns, dim=1)
+
+
 @pytest.fixture(scope="session")
 def grey_model() -> SpectralTokenizerForCausalLM:
     return tiny_model()
