@@ -26,14 +26,12 @@ as the row says.
 
 measures instead, as "ours", a pipeline that examples/train.py made, at the epsilon that its card states.
 
-    python -m benchmarks.quality --dataset faces --size photos --codec benchmarks/checkpoints/photos-codec \
-        --super_resolution src/hf_spectral_dp/checkpoints/photos-super-resolution --keep runs/public \
-        --out faces.json
+    python -m benchmarks.quality --dataset faces --size photos --keep runs/public --out faces.json
 
-For colour images codec and super-resolution come from folders that examples/pretrain_codec.py and
-examples/train_super_resolution.py made of public photos. Then "ours" takes that codec, and every method ends with that
-network: pixels and diffusion from their own side, raster tokens from averages of the side that ours has. The two of
-benchmarks/results/quality_cifar10.json (--dataset cifar10 --size objects) take minutes to make:
+Faces start from the bundled public model of photos and all end with the network that goes with it: pixels and diffusion
+from their own side, raster tokens from averages of the side that ours has. Other codecs and networks of public photos
+may be given as folders. The two of benchmarks/results/quality_cifar10.json (--dataset cifar10 --size objects) take
+minutes to make:
 
     python examples/pretrain_codec.py --public path/to/tiny_imagenet --images 15000 --size 32 --levels 3 \
         --patch_sizes 1 1 2 --codebook_sizes 128 256 512 --num_classes 10 --hidden_size 64 --num_hidden_layers 3 \
@@ -75,6 +73,11 @@ TRAINED = ("ours", "raster", "pixels", "diffusion")
 DELTA = 1e-5
 ATTEMPTS = 5  # of every token model, where classifiers learn from its images
 CHECKPOINTS = Path(__file__).parents[1] / "src" / "hf_spectral_dp" / "checkpoints"
+BUNDLED = {
+    "mnist": ("digits-fine", "digits-fine-super-resolution", "digits-super-resolution"),
+    "faces": ("photos", "photos-super-resolution", "photos-super-resolution"),
+}
+"""By image set: public model of ours, the network that goes with its codec, and the one that all others end with."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +114,9 @@ class Size:
 SIZES = {
     "quick": Size(600, 300, 600, 20, 8, 4, 64, 8, 6, 1, 2, 100, (16, 32), 4),
     "small": Size(20000, 3000, 4000, 100, 250, 24, 512, 250, 150, 1, 2, 1000, (16, 32), 20),
+    # Half as many public rows as the bundled model of photos took; a row of diffusion costs more than one of the others.
+    "photos": Size(20000, 1500, 44000, 500, 4000, 60, 2048, 2000, 0, 1, 2, 1000, (16, 32), 20, 0.6),
     # A row of this diffusion model costs 1.7 times what one of ours does: equal operations for all.
-    "photos": Size(20000, 1500, 15000, 500, 2000, 60, 2048, 2000, 0, 1, 2, 1000, (16, 32), 20, 0.6),
     "objects": Size(50000, 10000, 15000, 500, 2000, 60, 2048, 2000, 1000, 1, 1, 1000, (16, 32), 20, 0.6),
     # As many generated images as the published comparisons take (DPImageBench: 60,000).
     "medium": Size(60000, 10000, 20000, 6000, 3000, 240, 4000, 4000, 3000, 1, 1, 2000, (32, 64), 20),
@@ -173,12 +177,14 @@ def public_generator(
     torch.manual_seed(0)
     pixels, labels = public
     side = images.size
-    bundled = name == "mnist"
+    bundled = None if folders.codec is not None else BUNDLED.get(name)
     if bundled and method == "ours":
-        model = AutoModelForCausalLM.from_pretrained(CHECKPOINTS / "digits-fine")
-        network = AutoModelForImageToImage.from_pretrained(CHECKPOINTS / "digits-fine-super-resolution")
+        model = AutoModelForCausalLM.from_pretrained(CHECKPOINTS / bundled[0])
+        network = AutoModelForImageToImage.from_pretrained(CHECKPOINTS / bundled[1]).eval()
+        if model.config.num_classes != images.classes:
+            model = model.with_classes(images.classes)
         return TokenGenerator(model, partial(upscaler, network, side)), Cost(0.0, 0.0)
-    known = CHECKPOINTS / "digits-super-resolution" if bundled else folders.super_resolution
+    known = CHECKPOINTS / bundled[2] if bundled else folders.super_resolution
     network = None if known is None else AutoModelForImageToImage.from_pretrained(known).eval()
     enlarged = partial(upscaler, network, side)
     generator: Generator
@@ -189,7 +195,7 @@ def public_generator(
     elif method == "ours" and folders.codec is not None:
         generator = TokenGenerator(AutoModelForCausalLM.from_pretrained(folders.codec), enlarged)
     else:
-        codes = min(256, len(pixels) // 4)
+        codes = min(256 if images.channels == 1 else 512, len(pixels) // 4)
         pixel_codes = 32 if images.channels == 1 else codes
         fields: dict[str, dict[str, Any]] = {
             "ours": {"image_size": side, "levels": 3, "patch_sizes": [2] * 3, "codebook_sizes": [codes] * 3},
@@ -204,7 +210,7 @@ def public_generator(
         }  # fmt: skip
         config, enlarge = configuration(images, **fields[method]), 2 if method == "raster" else 1
         generator = TokenGenerator.from_public_images(config, pixels, enlarged, enlarge)
-        if method == "raster" and folders.super_resolution is not None:
+        if method == "raster" and images.channels == 3 and network is not None:
             generator.upscaler = lambda drawn: enlarged(torch.nn.functional.avg_pool2d(drawn, 4))
     kept = folders.keep / f"{name}_{method}_{size.public_steps}.pt" if folders.keep is not None else None
     if kept is not None and kept.exists():

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from pretrain import Rows
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
@@ -42,7 +43,7 @@ def real_images(section: dict[str, Any], processor: Any) -> Labelled:
 
 
 def through_codec(pipeline: DPSpectralPipeline, store: TokenStore) -> Labelled:
-    """The private images as well as the tokens and the super-resolution can show them."""
+    """The private images as well as the tokens and the super-resolution can show them, with views one of each image."""
     rows = store[range(len(store))]["input_ids"]
     images = pipeline.model.decode(rows[:, 1:])
     images = upscale_to(pipeline.image_processor.image_size, pipeline.super_resolution, images)
@@ -59,12 +60,11 @@ def generated(pipeline: DPSpectralPipeline, model: Any, each: int) -> Labelled:
 
 def trained_without_privacy(model: Any, store: TokenStore, epochs: float, folder: Path, use_cpu: bool) -> Any:
     """The twin: the same model and rows, ordinary training. Never published."""
-    rows = [{"input_ids": row, "labels": row} for row in store[range(len(store))]["input_ids"]]
     arguments = TrainingArguments(
         output_dir=str(folder), num_train_epochs=epochs, per_device_train_batch_size=64, learning_rate=5e-4,
         lr_scheduler_type="cosine", save_strategy="no", logging_strategy="no", report_to="none", use_cpu=use_cpu,
     )  # fmt: skip
-    Trainer(model=model, args=arguments, train_dataset=rows).train()
+    Trainer(model=model, args=arguments, train_dataset=Rows(store, model.config, class_dropout=0.0)).train()
     return model.cpu().eval()
 
 

@@ -57,11 +57,15 @@ nearest: {nearest:.2f}.
 
 
 def square(image: Image.Image, size: int, channels: int, rng: np.random.Generator) -> np.ndarray:
-    """A random square of `image`, uint8 (size, size, channels): half the time the whole image, area-averaged."""
+    """A random square of `image`, uint8 (size, size, channels): half the time the whole image, area-averaged.
+
+    The other squares are of any side down to half of `size`, and enlarged where they are smaller. Photos that were made
+    small are sharp everywhere; a network that saw no others puts detail where skin, sky and walls have none.
+    """
     image = image.convert("L" if channels == 1 else "RGB")
     side = min(image.size)
-    if side > size and rng.random() < 0.5:
-        side = int(rng.integers(size, side + 1))
+    if rng.random() < 0.5:
+        side = int(rng.integers(min(side, size // 2), side + 1))
     left, top = (int(rng.integers(extent - side + 1)) for extent in image.size)
     resample = Image.Resampling.BOX if side >= size else Image.Resampling.BICUBIC
     small = image.resize((size, size), resample, box=(left, top, left + side, top + side))

@@ -1,13 +1,15 @@
 """The quality benchmark: private images stay out of everything public, and its rivals train by the real mechanism."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoModelForImageToImage
+from transformers import AutoModelForImageToImage
 
+from benchmarks.quality import SIZES, Folders, public_generator
 from benchmarks.quality_data import IMAGE_SETS, check_public
 from benchmarks.quality_figures import coarse_distance
 from benchmarks.quality_methods import DiffusionGenerator, TokenGenerator, train_privately, train_publicly
@@ -15,7 +17,6 @@ from hf_spectral_dp import SpectralConfig
 from hf_spectral_dp.super_resolution import upscale, upscale_to
 
 ROOT = Path(__file__).parents[1]
-PUBLIC_MODELS = ROOT / "benchmarks" / "checkpoints"
 BUNDLED = ROOT / "src" / "hf_spectral_dp" / "checkpoints"
 PUBLIC_FIELDS = ("prior", "prior_source", "super_resolution", "super_resolution_source")
 
@@ -26,7 +27,7 @@ def public_claims() -> dict[str, str]:
     for path in (ROOT / "examples" / "configs").glob("*.yaml"):
         model = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
         claims |= {f"{path.name}: {field}": str(model[field]) for field in PUBLIC_FIELDS if field in model}
-    for path in (*BUNDLED.glob("*/README.md"), *PUBLIC_MODELS.glob("*/README.md")):
+    for path in BUNDLED.glob("*/README.md"):
         claims[f"{path.parent.name}/README.md"] = path.read_text(encoding="utf-8")
     return claims
 
@@ -134,12 +135,15 @@ def test_the_coarse_distance_sees_colours_and_no_detail():
     assert not list(coarse_distance(real[:60], real))
 
 
-def test_the_public_models_of_the_colour_benchmark_fit_each_other():
-    codec = AutoModelForCausalLM.from_pretrained(PUBLIC_MODELS / "photos-codec")
+def test_rivals_of_colour_images_end_with_the_bundled_network():
+    images = IMAGE_SETS["faces"]
+    public = torch.rand(40, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1, torch.full((40,), -1)
+    size = replace(SIZES["quick"], public_steps=1)
     network = AutoModelForImageToImage.from_pretrained(BUNDLED / "photos-super-resolution").eval()
-    images = torch.rand(2, 3, 64, 64) * 2 - 1
-    with torch.no_grad():
-        coarse = codec.decode(codec.codec.encode(images))
-        detailed = upscale_to(64, network, coarse)
-    assert coarse.shape == (2, 3, 16, 16) and detailed.shape == images.shape
-    assert not torch.allclose(detailed, upscale_to(64, "bicubic", coarse), atol=0.01)
+    for method, side in {"ours": 16, "raster": 64, "pixels": 8, "diffusion": 16}.items():
+        generator, cost = public_generator(method, "faces", images, public, size, Folders())
+        assert (cost.flops == 0) == (method == "ours"), method
+        coarse = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(1)) * 2 - 1
+        with torch.no_grad():
+            averaged = torch.nn.functional.avg_pool2d(coarse, 4) if method == "raster" else coarse
+            torch.testing.assert_close(generator.upscaler(coarse), upscale_to(64, network, averaged), msg=method)

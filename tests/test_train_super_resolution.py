@@ -38,6 +38,20 @@ def test_the_judge_learns_to_tell_and_says_so_to_the_other_side():
     assert float(unlike) > 0 == float(judge.of_enlarged(true, true, beside)[1])
 
 
+@pytest.mark.parametrize("side", [16, 40])
+def test_squares_are_whole_images_and_parts_of_any_sharpness(side):
+    """Of noise: the whole of a small image is itself, of a large one its averages; parts differ in sharpness."""
+    photo = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    whole = np.asarray(Image.fromarray(photo).resize((16, 16), Image.Resampling.BOX))
+    rng = np.random.default_rng(1)
+    squares = [train_super_resolution.square(Image.fromarray(photo), 16, 3, rng) for _ in range(400)]
+    same = [np.array_equal(square, whole) for square in squares]
+    assert 0.4 < np.mean(same) < 0.65
+    contrasts = [np.abs(np.diff(square.astype(float), axis=1)).mean() for square in squares]
+    assert min(contrasts) < 0.6 * max(contrasts)
+    assert {square.shape for square in squares} == {(16, 16, 3)} and squares[0].dtype == np.uint8
+
+
 @pytest.mark.parametrize("adversarial", ["0", "0.1"])
 def test_a_network_for_what_a_codec_makes_of_images(tmp_path, monkeypatch, adversarial):
     """From tokens of side 4 to images of side 16: twice the same doubling network, which mends as well."""
