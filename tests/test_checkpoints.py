@@ -75,7 +75,7 @@ def test_the_photos_are_trained():
     pixels = processor(squares)["pixel_values"]
     tokens = model.codec.encode(pixels)
     low = torch.nn.functional.avg_pool2d(pixels, 4)
-    assert (model.decode(tokens) - low).square().mean() < 0.2 * (low - low.mean((2, 3), keepdim=True)).square().mean()
+    assert (model.decode(tokens) - low).square().mean() < 0.1 * (low - low.mean((2, 3), keepdim=True)).square().mean()
     generator = torch.Generator().manual_seed(0)
     order = torch.cat([torch.randperm(scale.tokens, generator=generator) + scale.first_position
                        for scale in model.config.layout.scales])  # fmt: skip
@@ -85,7 +85,7 @@ def test_the_photos_are_trained():
         mixed = model.per_example_loss(torch.cat([start, tokens[:, order]], 1))
         network = AutoModelForImageToImage.from_pretrained(FOLDER / "photos-super-resolution").eval()
         detailed = upscale_to(64, network, model.decode(tokens))
-    assert loss.mean() < 4.9  # a uniform guess costs 5.55 nats per token
+    assert loss.mean() < 4.9  # a uniform guess costs 6.35 nats per token
     assert (loss < mixed).float().mean() > 0.9  # and it knows how places hang together
 
     def contrast(images: torch.Tensor) -> float:
