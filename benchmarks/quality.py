@@ -65,7 +65,7 @@ from benchmarks.quality_methods import (
     train_publicly,
 )
 from benchmarks.report import write_report
-from hf_spectral_dp import DPSpectralPipeline, PrivacyCard, SpectralConfig
+from hf_spectral_dp import DPSpectralPipeline, PrivacyCard, SpectralConfig, SpectralTokenizerForCausalLM
 from hf_spectral_dp.super_resolution import upscale_to
 
 METHODS = ("ours", "ceiling", "floor", "raster", "pixels", "diffusion", "real")
@@ -186,6 +186,7 @@ def public_generator(
     known = CHECKPOINTS / bundled[2] if bundled else folders.super_resolution
     network = None if known is None else AutoModelForImageToImage.from_pretrained(known).eval()
     enlarged = partial(upscaler, network, side)
+    kept = folders.keep / f"{name}_{method}_{size.public_steps}.pt" if folders.keep is not None else None
     generator: Generator
     if method == "diffusion":
         generator = DiffusionGenerator(
@@ -208,10 +209,12 @@ def public_generator(
             },
         }  # fmt: skip
         config, enlarge = configuration(images, **fields[method]), 2 if method == "raster" else 1
-        generator = TokenGenerator.from_public_images(config, pixels, enlarged, enlarge)
+        if kept is not None and kept.exists():  # its codec, too
+            generator = TokenGenerator(SpectralTokenizerForCausalLM(config), enlarged, enlarge)
+        else:
+            generator = TokenGenerator.from_public_images(config, pixels, enlarged, enlarge)
         if method == "raster" and images.channels == 3 and network is not None:
             generator.upscaler = lambda drawn: enlarged(torch.nn.functional.avg_pool2d(drawn, 4))
-    kept = folders.keep / f"{name}_{method}_{size.public_steps}.pt" if folders.keep is not None else None
     if kept is not None and kept.exists():
         state, *figures = torch.load(kept, weights_only=True)
         generator.model.load_state_dict(state)

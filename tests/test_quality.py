@@ -147,3 +147,18 @@ def test_rivals_of_colour_images_end_with_the_bundled_network():
         with torch.no_grad():
             averaged = torch.nn.functional.avg_pool2d(coarse, 4) if method == "raster" else coarse
             torch.testing.assert_close(generator.upscaler(coarse), upscale_to(64, network, averaged), msg=method)
+
+
+def test_a_public_model_that_was_kept_is_found_with_its_codec(tmp_path):
+    images = IMAGE_SETS["faces"]
+    public = torch.rand(40, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1, torch.full((40,), -1)
+    size, labels = replace(SIZES["quick"], public_steps=1), torch.tensor([0, 1])
+    for method in ("pixels", "diffusion"):
+        made, cost = public_generator(method, "faces", images, public, size, Folders(keep=tmp_path))
+        found, same_cost = public_generator(method, "faces", images, public, size, Folders(keep=tmp_path))
+        assert (same_cost.seconds, same_cost.flops) == (cost.seconds, cost.flops)
+        rows = [generator.rows(public[0], torch.zeros(40, dtype=torch.long)) for generator in (made, found)]
+        assert torch.equal(*rows), method
+        drawn = [generator.sample(labels, torch.Generator().manual_seed(0)) for generator in (made, found)]
+        torch.testing.assert_close(*drawn)
+    assert len(list(tmp_path.iterdir())) == 2
