@@ -74,8 +74,9 @@ class _WithCanaries(nn.Module):
 
     def per_example_loss(self, input_ids: Tensor) -> Tensor:
         number = -1 - input_ids[:, 0]
-        filler = torch.zeros_like(input_ids)
-        filler[:, 0] = self.model.config.null_token_id
+        layout = self.model.config.layout
+        legal = [layout.scales[index].first_id for index in layout.scale_of_position]
+        filler = input_ids.new_tensor([self.model.config.null_token_id, *legal]).expand_as(input_ids)
         losses = self.model.per_example_loss(torch.where(number[:, None] < 0, input_ids, filler))
         left_out = number == self.table.num_embeddings - 1
         canary = 1e3 * self.table(number.clamp_min(0))[:, 0]
