@@ -31,6 +31,13 @@ def test_the_loss_is_that_over_all_codes_with_foreign_ones_shut_out(model, lengt
     assert torch.equal(free[own], logits[own]) and not torch.equal(free, logits)
 
 
+def test_a_token_of_another_scale_is_refused(model):
+    rows = sequences(model, 2)
+    rows[1, 5], rows[1, 4] = rows[1, 4].clone(), rows[1, 5].clone()  # the last of scale 0 and the first of scale 1
+    with pytest.raises(IndexError, match="out of bounds"):
+        model.per_example_loss(rows)
+
+
 def test_labels_need_rows_from_their_start(model):
     rows = sequences(model, 2)
     with pytest.raises(ValueError, match="start token"):

@@ -183,6 +183,9 @@ class SpectralTokenizerForCausalLM(HubModel, PreTrainedModel, GenerationMixin):
         """Mean negative log-likelihood per token, in nats, of each row (B, 1 + T): a Tensor (B,).
 
         The divisor is the public length T, so that the loss of one row never depends on another row.
+
+        Raises:
+            IndexError: a token that does not belong to the scale of its position (on a CPU; GPUs end the process).
         """
         logits = self(input_ids[:, :-1], use_cache=False, text_states=text_states, foreign_codes=True).logits
         return self._negative_log_likelihood(logits, input_ids[:, 1:]).mean(1)
