@@ -193,7 +193,7 @@ class SpectralTokenizerForCausalLM(HubModel, PreTrainedModel, GenerationMixin):
     def _negative_log_likelihood(self, logits: Tensor, targets: Tensor) -> Tensor:
         """In nats, (B, t), of the first t tokens, from logits (B, t, vocab_size) of the head; 0 where a target is -100.
 
-        Scale by scale, each with its own codes only: with 2,048 codes most of a step's time went into the others.
+        Scale by scale, each with its own codes only: with 2,048 codes a quarter of a step's time went into the others.
         """
         scales, losses = self.config.layout.scales, []
         lengths = [min(max(targets.shape[1] - scale.first_position, 0), scale.tokens) for scale in scales]
