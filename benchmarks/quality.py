@@ -187,6 +187,7 @@ def public_generator(
     network = None if known is None else AutoModelForImageToImage.from_pretrained(known).eval()
     enlarged = partial(upscaler, network, side)
     kept = folders.keep / f"{name}_{method}_{size.public_steps}.pt" if folders.keep is not None else None
+    found = kept is not None and kept.exists()
     generator: Generator
     if method == "diffusion":
         generator = DiffusionGenerator(
@@ -209,13 +210,13 @@ def public_generator(
             },
         }  # fmt: skip
         config, enlarge = configuration(images, **fields[method]), 2 if method == "raster" else 1
-        if kept is not None and kept.exists():  # its codec, too
+        if found:  # its codec, too
             generator = TokenGenerator(SpectralTokenizerForCausalLM(config), enlarged, enlarge)
         else:
             generator = TokenGenerator.from_public_images(config, pixels, enlarged, enlarge)
         if method == "raster" and images.channels == 3 and network is not None:
             generator.upscaler = lambda drawn: enlarged(torch.nn.functional.avg_pool2d(drawn, 4))
-    if kept is not None and kept.exists():
+    if kept is not None and found:
         state, *figures = torch.load(kept, weights_only=True)
         generator.model.load_state_dict(state)
         return generator, Cost(*figures)

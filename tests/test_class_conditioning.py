@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import tiny_model, wild
+from conftest import sequences, tiny_model, wild
 from transformers import AutoModelForCausalLM
 
 from hf_spectral_dp import SpectralConfig, SpectralTokenizerForCausalLM
@@ -17,10 +17,8 @@ def test_other_classes_start_from_the_null_condition(classes, tied):
     before = wild(SpectralTokenizerForCausalLM(config))
     after = before.with_classes(classes)
     assert after.config.num_classes == classes and after.config.vocab_size == CODES + classes + 1
-    generator, scales = torch.Generator().manual_seed(0), before.config.layout.scales
-    ranges = [(scale.first_id, scale.first_id + scale.codes, (4, scale.tokens)) for scale in scales]
-    tokens = torch.cat([torch.randint(*each, generator=generator) for each in ranges], 1)
-    rows = torch.cat([before.start_tokens(None, 4)[:, None], tokens], 1)
+    rows = sequences(before)
+    rows[:, 0] = before.config.null_token_id
     wanted = before(input_ids=rows).logits[..., :CODES]
     for start in (*after.config.class_token_ids, after.config.null_token_id):
         rows[:, 0] = start

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from conftest import sequences, tiny_model, wild
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from hf_spectral_dp import SpectralTokenizerForCausalLM
+from hf_spectral_dp import SpectralConfig, SpectralTokenizerForCausalLM
 
 LENGTH = 12
 
@@ -36,6 +36,16 @@ def test_a_token_of_another_scale_is_refused(model):
     rows[1, 5], rows[1, 4] = rows[1, 4].clone(), rows[1, 5].clone()  # the last of scale 0 and the first of scale 1
     with pytest.raises(IndexError, match="out of bounds"):
         model.per_example_loss(rows)
+
+
+def test_no_token_of_another_scale_passes_for_one_to_ignore():
+    """Token 28 where codes begin at 128: a hundred too low, and -100 says that a target does not count."""
+    config = SpectralConfig.from_dict(tiny_model().config.to_dict(), codebook_sizes=[128, 16, 16])
+    large = SpectralTokenizerForCausalLM(config)
+    rows = sequences(large, 2)
+    rows[1, 5] = 28
+    with pytest.raises(IndexError, match="out of bounds"):
+        large.per_example_loss(rows)
 
 
 def test_labels_need_rows_from_their_start(model):

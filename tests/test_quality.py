@@ -135,9 +135,13 @@ def test_the_coarse_distance_sees_colours_and_no_detail():
     assert not list(coarse_distance(real[:60], real))
 
 
+def photos() -> tuple[torch.Tensor, torch.Tensor]:
+    """Noise of the size of faces, without labels."""
+    return torch.rand(40, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1, torch.full((40,), -1)
+
+
 def test_rivals_of_colour_images_end_with_the_bundled_network():
-    images = IMAGE_SETS["faces"]
-    public = torch.rand(40, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1, torch.full((40,), -1)
+    images, public = IMAGE_SETS["faces"], photos()
     size = replace(SIZES["quick"], public_steps=1)
     network = AutoModelForImageToImage.from_pretrained(BUNDLED / "photos-super-resolution").eval()
     for method, side in {"ours": 16, "raster": 64, "pixels": 8, "diffusion": 16}.items():
@@ -146,12 +150,17 @@ def test_rivals_of_colour_images_end_with_the_bundled_network():
         coarse = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(1)) * 2 - 1
         with torch.no_grad():
             averaged = torch.nn.functional.avg_pool2d(coarse, 4) if method == "raster" else coarse
-            torch.testing.assert_close(generator.upscaler(coarse), upscale_to(64, network, averaged), msg=method)
+            detailed = generator.upscaler(coarse)
+            torch.testing.assert_close(detailed, upscale_to(64, network, averaged), msg=method)
+            assert detailed.shape == (2, 3, 64, 64)
+            assert not torch.allclose(detailed, upscale_to(64, "bicubic", averaged), atol=0.01)
+        if method == "ours":
+            codec = generator.model.codec
+            assert codec.decode(codec.encode(public[0][:2])).shape == coarse.shape
 
 
 def test_a_public_model_that_was_kept_is_found_with_its_codec(tmp_path):
-    images = IMAGE_SETS["faces"]
-    public = torch.rand(40, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1, torch.full((40,), -1)
+    images, public = IMAGE_SETS["faces"], photos()
     size, labels = replace(SIZES["quick"], public_steps=1), torch.tensor([0, 1])
     for method in ("pixels", "diffusion"):
         made, cost = public_generator(method, "faces", images, public, size, Folders(keep=tmp_path))
