@@ -2,12 +2,17 @@
 
     python examples/pretrain.py --codec runs/codec --public glyphs --out runs/prior
     python examples/pretrain.py --codec runs/codec-photos --public path/or/hub-id --out runs/prior-photos
+    python examples/pretrain.py --codec runs/codec-fine --start runs/prior-photos --public path/or/hub-id \
+        --out runs/prior-fine
     python examples/pretrain.py --codec runs/codec-photos --public path/or/hub-id --caption_column caption \
         --text_encoder sentence-transformers/all-MiniLM-L6-v2 --out runs/prior-text
 
 An ordinary `transformers.Trainer` without privacy: never give it the sensitive images. One label or caption in ten is
 left out, so that the model also learns to sample without a condition (classifier-free guidance needs that). Train a
 prior with text here if the private model is to take prompts: what a caption means is then learned from public images.
+
+--start goes on from a prior whose scales are the first ones of this codec's (same images, patches, codes, seed): what
+it knows of them need not be learned again, only what follows.
 """
 
 import argparse
@@ -17,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForCausalLM, Trainer, TrainingArguments
 
-from hf_spectral_dp import SpectralConfig
+from hf_spectral_dp import SpectralConfig, SpectralTokenizerForCausalLM
 from hf_spectral_dp.image_sources import load_images
 from hf_spectral_dp.text_encoder import load_text_encoder
 from hf_spectral_dp.token_store import TokenStore, build_token_store
@@ -57,6 +62,35 @@ class Rows(torch.utils.data.Dataset):
         return {**row, "labels": row["input_ids"]}
 
 
+@torch.no_grad()
+def go_on(model: SpectralTokenizerForCausalLM, before: SpectralTokenizerForCausalLM) -> None:
+    """Gives `model` the weights of `before`, whose scales are its own or its first ones; the rest stays as it is.
+
+    Raises:
+        ValueError: another shape of the transformer, or other scales or code words.
+    """
+    scales, known = model.config.layout.scales, before.config.layout.scales
+    same_books = scales[: len(known)] == known and all(
+        torch.equal(model.codec.codebook(index), before.codec.codebook(index)) for index in range(len(known))
+    )
+    if not same_books:
+        raise ValueError(
+            f"the prior to go on from has {len(known)} scales that are not the first of this codec's {len(scales)};"
+            " fit the codec on the same images, with the same patches, codes and seed, and further scales only."
+        )
+    codes, starts = before.config.layout.codes, before.config.vocab_size - before.config.layout.codes
+    if model.config.vocab_size - model.config.layout.codes != starts:
+        raise ValueError(f"the prior to go on from has {starts - 1} classes, this model another number; give the same.")
+    weights = model.state_dict()
+    for name, weight in before.state_dict().items():
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            weights[name][:codes], weights[name][-starts:] = weight[:codes], weight[codes:]
+        elif name == "position_embedding.weight":
+            weights[name][: len(weight)] = weight
+        elif not name.startswith("codec.") and name != "allowed":
+            weights[name].copy_(weight)
+
+
 def glyph_rows(count: int, seed: int):
     from public_glyphs import render_digits
     from tqdm.auto import tqdm
@@ -69,6 +103,7 @@ def glyph_rows(count: int, seed: int):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--codec", required=True, help="folder written by pretrain_codec.py")
+    parser.add_argument("--start", help="folder of a prior with the first scales of this codec, to go on from")
     parser.add_argument("--public", required=True, help="'glyphs' (drawn digits), an image folder, or a Hub id")
     parser.add_argument("--split", default="train")
     parser.add_argument("--image_column", default="image")
@@ -95,6 +130,8 @@ def main() -> None:
         text = {name: getattr(arguments, name) for name in ("max_text_tokens", "text_dropout")}
         text["text_width"] = encoder.config.hidden_size
     model = AutoModelForCausalLM.from_pretrained(arguments.codec, **text)
+    if arguments.start:
+        go_on(model, AutoModelForCausalLM.from_pretrained(arguments.start))
     processor = AutoImageProcessor.from_pretrained(arguments.codec)
     glyphs = arguments.public == "glyphs"
     if glyphs:

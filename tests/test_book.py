@@ -51,6 +51,53 @@ def test_the_head_of_a_tied_model_is_instantiated_where_that_is_cheaper():
     assert not Book(2).instantiates(a[:, :4], g[:, :4], tied=True)
 
 
+@pytest.mark.parametrize("width", [2, 300])  # instantiated, and as pairs
+def test_rows_of_a_weight_count_as_weights_of_their_own(width):
+    """As a head of which every position asks for the codes of its scale only."""
+    torch.manual_seed(0)
+    book, weight = Book(3, memory_budget=1e9), nn.Parameter(torch.zeros(400, width))
+    uses, expected = (
+        [(slice(0, 150), 12), (slice(150, 400), 14), (slice(0, 150), 9)],
+        torch.zeros(3, 400, width).double(),
+    )
+    for rows, length in uses:
+        a, g = torch.randn(3, length, width), torch.randn(3, length, rows.stop - rows.start)
+        assert book.instantiates(a, g) == (width == 2)
+        book.note_affine(weight, a, g, rows=rows)
+        expected[:, rows] += torch.bmm(g.double().mT, a.double())
+    torch.testing.assert_close(book.norms(), expected.flatten(1).norm(dim=1), rtol=1e-6, atol=0)
+    coefficients, sums = torch.tensor([0.5, 0.0, 2.0], dtype=torch.double), {weight: torch.ones(400, width)}
+    book.add_weighted(coefficients, sums)
+    assert list(sums) == [weight]
+    torch.testing.assert_close(
+        sums[weight].double() - 1, torch.einsum("b,bpd->pd", coefficients, expected), rtol=0, atol=1e-4
+    )
+
+
+def test_rows_that_share_entries_with_another_use_are_refused():
+    """Their norms could not be added up: the share of an example could be larger than the clipping norm."""
+    table = nn.Parameter(torch.zeros(8, 4))
+
+    def use(book: Book, rows: slice | None) -> None:
+        book.note_affine(table, torch.ones(2, 3, 4), torch.ones(2, 3, 8 if rows is None else 5), rows=rows)
+
+    overlapping = Book(2)
+    use(overlapping, slice(0, 5))
+    with pytest.raises(ValueError, match="overlap"):
+        use(overlapping, slice(3, 8))
+    for tied in (False, True):
+        both = Book(2, frozenset([table] if tied else []))
+        with pytest.raises(ValueError, match="as a whole and by rows" if not tied else "tied"):
+            use(both, None)
+            use(both, slice(0, 5))
+            both.norms()
+    looked_up = Book(2)
+    use(looked_up, slice(0, 5))
+    looked_up.note_lookup(table, torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3, 4))
+    with pytest.raises(ValueError, match="as a whole and by rows"):
+        looked_up.norms()
+
+
 def test_uses_of_a_parameter_that_are_cut_into_other_pieces_are_refused():
     """Added to each other by broadcasting, they would give an example the gradient of another."""
     torch.manual_seed(0)

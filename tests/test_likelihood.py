@@ -4,9 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import sequences, tiny_model, wild
+from peft import LoraConfig, get_peft_model
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from hf_spectral_dp import SpectralConfig, SpectralTokenizerForCausalLM
+from hf_spectral_dp.modeling_spectral import CodeHead
 
 LENGTH = 12
 
@@ -26,9 +28,38 @@ def test_the_loss_is_that_over_all_codes_with_foreign_ones_shut_out(model, lengt
     labels = rows.masked_fill(torch.arange(1 + length) % 3 == 2, -100)
     kept = labels[:, 1:] != -100
     torch.testing.assert_close(model(rows, labels=labels).loss, each[kept].mean())
-    free = model(rows, foreign_codes=True).logits[:, :-1]
-    own = model.allowed[:length].expand_as(free)
-    assert torch.equal(free[own], logits[own]) and not torch.equal(free, logits)
+    output = model(rows[:, :-1], targets=rows[:, 1:])
+    torch.testing.assert_close(output.loss, each)
+    assert output.logits is None
+
+
+def test_training_makes_no_logits_that_nobody_reads(model):
+    rows, before = sequences(model), model(sequences(model), labels=sequences(model))
+    model.train()
+    try:
+        training = model(rows, labels=rows)
+    finally:
+        model.eval()
+    torch.testing.assert_close(training.loss, before.loss)
+    assert training.logits is None and before.logits is not None
+    assert model(rows).logits is not None
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_that_must_stay_whole_gives_the_same_loss(tied):
+    """An adapter around the head, or a head that is the embedding as well."""
+    config = SpectralConfig.from_dict(tiny_model().config.to_dict(), tie_word_embeddings=tied)
+    model = wild(SpectralTokenizerForCausalLM(config))
+    rows = sequences(model)
+    loss = model.per_example_loss(rows)
+    if not tied:
+        get_peft_model(model, LoraConfig(target_modules=["lm_head"], r=2))
+        assert not isinstance(model.lm_head, CodeHead)
+    else:
+        logits = model(rows).logits[:, :-1]
+        expected = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none").view(4, -1).mean(1)
+        torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(model.per_example_loss(rows), loss)
 
 
 def test_a_token_of_another_scale_is_refused(model):
@@ -50,8 +81,9 @@ def test_no_token_of_another_scale_passes_for_one_to_ignore():
 
 def test_labels_need_rows_from_their_start(model):
     rows = sequences(model, 2)
-    with pytest.raises(ValueError, match="start token"):
-        model(rows, labels=rows, position_ids=torch.arange(rows.shape[1])[None])
+    for what in ("labels", "targets"):
+        with pytest.raises(ValueError, match="start token"):
+            model(rows, **{what: rows}, position_ids=torch.arange(rows.shape[1])[None])
 
 
 @torch.no_grad()

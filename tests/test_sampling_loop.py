@@ -85,7 +85,10 @@ def test_double_and_half_precision():
 @pytest.mark.filterwarnings("ignore")
 def test_quantised_weights_are_used_through_their_modules():
     """torch's own dynamic int8 linears, which have no `weight` to take rows of."""
-    model = torch.ao.quantization.quantize_dynamic(wild_model(), {torch.nn.Linear}, dtype=torch.qint8)
+    model = wild_model()
+    head = torch.nn.Linear(*reversed(model.lm_head.weight.shape), bias=False)
+    head.weight, model.lm_head = model.lm_head.weight, head
+    model = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
     assert not isinstance(model.lm_head, torch.nn.Linear)
     found, expected = logits_of_both_ways(model)
     # The scale of the activations is that of a step's rows here, and that of all rows there.

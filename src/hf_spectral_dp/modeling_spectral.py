@@ -25,6 +25,15 @@ from .safe_loading import HubModel
 from .sampling import StepByStep, draw, step
 
 
+class CodeHead(nn.Linear):
+    """The layer in front of the logits, which can be asked for those of some codes only: `rows` of its weight."""
+
+    takes_rows = True  # for the per-example clipper
+
+    def forward(self, input: Tensor, rows: slice | None = None) -> Tensor:
+        return F.linear(input, self.weight if rows is None else self.weight[rows])
+
+
 class SpectralTokenizerForCausalLM(HubModel, PreTrainedModel, GenerationMixin):
     """Autoregressive model of `config.layout.length` wavelet tokens after one start token.
 
@@ -54,7 +63,7 @@ class SpectralTokenizerForCausalLM(HubModel, PreTrainedModel, GenerationMixin):
         self.codec = SpectralCodec(config)
         self.model = LlamaModel(config)
         self.position_embedding = nn.Embedding(config.layout.length + 1, config.hidden_size)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = CodeHead(config.hidden_size, config.vocab_size, bias=False)
         if config.text_width:
             self.text_projection = nn.Linear(config.text_width, config.hidden_size, bias=False)
             self.text_null = nn.Embedding(1, config.hidden_size)  # stands in every slot without text
@@ -111,22 +120,27 @@ class SpectralTokenizerForCausalLM(HubModel, PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         text_states: Tensor | None = None,
-        foreign_codes: bool = False,
+        targets: Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits (B, t, vocab_size) for the next token; codes of a foreign scale get the lowest finite value.
 
-        With `foreign_codes` those are left as the head gives them, for who reads only each position's own scale.
-
         `position_ids` count from the start token, which has 0. `text_states` belong to the first call with a cache;
         later ones do not look at them. `labels` (B, t), as in every causal LM of transformers: equal to `input_ids`,
-        shifted inside, -100 ignored; `loss` is the mean negative log-likelihood per token in nats.
+        shifted inside, -100 ignored; `loss` is the mean negative log-likelihood per token in nats. `targets` (B, t) are
+        the tokens that follow each position; `loss` is then each one's own, (B, t).
+
+        A loss takes the codes of each position's scale alone, a fraction of all. So no logits are made, and `logits` is
+        None, with `targets`, and with `labels` in training mode.
 
         Raises:
-            ValueError: text states of another shape, or for a model without text; labels without the start of the row.
+            ValueError: text states of another shape, or for a model without text; labels or targets without the start
+                of the row.
         """
-        if labels is not None and (past_key_values is not None or position_ids is not None):
-            raise ValueError("labels need rows from their start token: leave out past_key_values and position_ids.")
+        if (labels is not None or targets is not None) and (past_key_values is not None or position_ids is not None):
+            raise ValueError(
+                "labels and targets need rows from their start token: leave out past_key_values and position_ids."
+            )
         if inputs_embeds is None:
             inputs_embeds = self.model.embed_tokens(input_ids)
         batch, length = inputs_embeds.shape[:2]
@@ -149,11 +163,14 @@ class SpectralTokenizerForCausalLM(HubModel, PreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             use_cache=use_cache,
         )
-        logits, loss = self.lm_head(outputs.last_hidden_state[:, -length:]), None
-        if labels is not None:
+        hidden, logits, loss = outputs.last_hidden_state[:, -length:], None, None
+        if targets is not None:
+            loss = self._negative_log_likelihood(hidden, targets)
+        elif labels is not None:
             wanted = labels[:, 1:]
-            loss = self._negative_log_likelihood(logits[:, :-1], wanted).sum() / (wanted != -100).sum()
-        if not foreign_codes:
+            loss = self._negative_log_likelihood(hidden[:, :-1], wanted).sum() / (wanted != -100).sum()
+        if loss is None or (targets is None and not self.training):
+            logits = self.lm_head(hidden)
             logits = logits.masked_fill(~self.allowed[position_ids], torch.finfo(logits.dtype).min)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
 
@@ -187,18 +204,22 @@ class SpectralTokenizerForCausalLM(HubModel, PreTrainedModel, GenerationMixin):
         Raises:
             IndexError: a token that does not belong to the scale of its position (on a CPU; GPUs end the process).
         """
-        logits = self(input_ids[:, :-1], use_cache=False, text_states=text_states, foreign_codes=True).logits
-        return self._negative_log_likelihood(logits, input_ids[:, 1:]).mean(1)
+        rows, targets = input_ids[:, :-1], input_ids[:, 1:]
+        return self(rows, use_cache=False, text_states=text_states, targets=targets).loss.mean(1)
 
-    def _negative_log_likelihood(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """In nats, (B, t), of the first t tokens, from logits (B, t, vocab_size) of the head; 0 where a target is -100.
+    def _negative_log_likelihood(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """In nats, (B, t), of the first t tokens, from hidden states (B, t, hidden_size); 0 where a target is -100.
 
-        Scale by scale, each with its own codes only: with 2,048 codes a quarter of a step's time went into the others.
+        Scale by scale, each with its own codes only, as no others may be drawn there.
         """
-        scales, losses = self.config.layout.scales, []
-        lengths = [min(max(targets.shape[1] - scale.first_position, 0), scale.tokens) for scale in scales]
-        for scale, some, wanted in zip(scales, logits.split(lengths, 1), targets.split(lengths, 1), strict=True):
-            own = some[..., scale.first_id : scale.first_id + scale.codes].float()
+        scales = [scale for scale in self.config.layout.scales if scale.first_position < targets.shape[1]]
+        lengths = [min(targets.shape[1] - scale.first_position, scale.tokens) for scale in scales]
+        plain, losses = self._head_is_plain and not self.config.tie_word_embeddings, []
+        # Otherwise whole, once: an adapter or quantisation is around the head, or it is the embedding as well.
+        parts = hidden if plain else self.lm_head(hidden)
+        for scale, part, wanted in zip(scales, parts.split(lengths, 1), targets.split(lengths, 1), strict=True):
+            codes = slice(scale.first_id, scale.first_id + scale.codes)
+            own = (self.lm_head(part, codes) if plain else part[..., codes]).float()
             code, ignored = (wanted - scale.first_id).flatten(), -100 - scale.first_id
             # Flat: with the classes in the middle, as (B, V, T), torch's loss takes seven times as long on a CPU.
             found = F.cross_entropy(own.flatten(0, 1), code, ignore_index=ignored, reduction="none")
@@ -355,9 +376,12 @@ class SpectralTokenizerForCausalLM(HubModel, PreTrainedModel, GenerationMixin):
 
     def _head(self, hidden: Tensor, codes: slice) -> Tensor:
         """Logits (B, codes) of some codes only, of hidden states (B, hidden_size)."""
-        if type(self.lm_head) is nn.Linear:
-            return F.linear(hidden, self.lm_head.weight[codes])
-        return self.lm_head(hidden)[:, codes]  # an adapter, or quantised weights
+        return self.lm_head(hidden, codes) if self._head_is_plain else self.lm_head(hidden)[:, codes]
+
+    @property
+    def _head_is_plain(self) -> bool:
+        """Not inside an adapter, nor quantised."""
+        return type(self.lm_head) is CodeHead
 
     def compile_sampling(self, **options) -> None:
         """Compiles the step that `sample` repeats; the first images after that take up to minutes.

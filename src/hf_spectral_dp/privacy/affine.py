@@ -51,14 +51,18 @@ def _added(total: Tensor | None, products: tuple[tuple[Tensor, Tensor], ...]) ->
 
 
 class _Affine(torch.autograd.Function):
-    """y = x W^T + b, or x W + b if `transposed`; notes instead of returning the gradients of W and b."""
+    """y = x W^T + b, or x W + b if `transposed`; notes instead of returning the gradients of W and b.
+
+    With `rows`, `weight` holds these rows of the module's only.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, module: nn.Module, book: Book, readers: _Readers
-    ) -> Tensor:
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, module: nn.Module, book: Book, readers: _Readers,
+        rows: slice | None,
+    ) -> Tensor:  # fmt: skip
         ctx.module, ctx.book, ctx.transposed = module, book, not isinstance(module, nn.Linear)
-        ctx.readers = readers
+        ctx.readers, ctx.rows = readers, rows
         ctx.save_for_backward(x, weight)
         return F.linear(x, weight.T if ctx.transposed else weight, bias)
 
@@ -70,13 +74,13 @@ class _Affine(torch.autograd.Function):
         if module.weight.requires_grad:
             ctx.readers.noting -= 1
             # Detached: a noted input would keep the graph alive, whose nodes keep the book, which keeps the notes.
-            book.note_affine(module.weight, x.detach(), g, ctx.transposed, last=not ctx.readers.noting)
+            book.note_affine(module.weight, x.detach(), g, ctx.transposed, not ctx.readers.noting, ctx.rows)
         if module.bias is not None and module.bias.requires_grad:
             book.note_dense(module.bias, g)
         inner = None
         if ctx.needs_input_grad[0]:
             inner = ctx.readers.send_back(book, (g, weight.T if ctx.transposed else weight))
-        return inner, None, None, None, None, None
+        return inner, *[None] * 7
 
 
 class _Adapted(torch.autograd.Function):
@@ -113,8 +117,14 @@ class _Adapted(torch.autograd.Function):
 
 
 def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Is it `kind`, with that class's own forward (a quantised or otherwise changed subclass has another)?"""
-    return isinstance(module, kind) and type(module).forward is kind.forward and "forward" not in vars(module)
+    """Is it `kind`, with that class's own forward (a quantised or otherwise changed subclass has another)?
+
+    A linear layer without bias whose class says `takes_rows` counts as one: its forward takes a slice `rows` as well,
+    and then uses these rows of its weight only.
+    """
+    of: Any = type(module)
+    known = of.forward is kind.forward or (getattr(of, "takes_rows", False) and getattr(module, "bias", None) is None)
+    return isinstance(module, kind) and known and "forward" not in vars(module)
 
 
 def as_autocast(module: Any, x: Tensor) -> tuple[Tensor, Tensor | None, torch.dtype]:
@@ -139,10 +149,12 @@ def _read(x: Tensor, name: str, dtype: torch.dtype, book: Book, trains: bool) ->
 def affine(module: Any, book: Book, name: str) -> Callable[..., Tensor]:
     """The rule for nn.Linear and for the Conv1D of GPT-2."""
 
-    def forward(x: Tensor) -> Tensor:
+    def forward(x: Tensor, rows: slice | None = None) -> Tensor:
         weight, bias, dtype = as_autocast(module, x)
+        if rows is not None:
+            weight = weight.detach()[rows]  # its gradient is noted, not returned
         inputs, readers = _read(x, name, dtype, book, module.weight.requires_grad)
-        return _Affine.apply(inputs, weight, bias, module, book, readers)
+        return _Affine.apply(inputs, weight, bias, module, book, readers, rows)
 
     return forward
 

@@ -51,6 +51,7 @@ class Book:
         self._left = memory_budget
         self._dense: dict[nn.Parameter, list[Tensor]] = {}  # gradients themselves, in pieces of some examples each
         self._row_norms: dict[nn.Parameter, Tensor] = {}  # (B, m), norms of the rows of those
+        self._blocks: dict[Any, tuple[nn.Parameter, int, int]] = {}  # what stands for rows first to last of a weight
         self._affine: dict[nn.Parameter, list[tuple[tuple, Tensor]]] = {}  # key of a (B, T, d), and g (B, T, p)
         self._lookups: dict[nn.Parameter, list[tuple[Tensor, Tensor]]] = {}  # ids (B, T), g (B, T, d)
         self._inputs: dict[tuple, Tensor] = {}  # query, key and value projections share their input: it counts once
@@ -74,14 +75,22 @@ class Book:
         )
 
     def note_affine(
-        self, weight: nn.Parameter, inputs: Tensor, gradients: Tensor, transposed: bool = False, last: bool = True
-    ) -> None:
+        self, weight: nn.Parameter, inputs: Tensor, gradients: Tensor, transposed: bool = False, last: bool = True,
+        rows: slice | None = None,
+    ) -> None:  # fmt: skip
         """One use of a weight (p, d), or (d, p) if `transposed`, on inputs (B, ..., d) with output gradients.
 
         The weight of a convolution, (p, channels, height, width), counts as (p, d) with d = channels height width.
         `last` says that no other use of these inputs is to come; if one does, the norm takes longer and is the same.
+        `rows`: only these rows of the weight were used. They count as a weight of their own, whose gradient has no
+        entry in common with that of any other, so the squares of their norms add up.
+
+        Raises:
+            ValueError: rows of which some, but not all, are noted elsewhere, or rows of a tied weight.
         """
         weight = self.stands_for.get(weight, weight)
+        if rows is not None:
+            weight = self._block(weight, rows)
         a, g = (x.reshape(self.batch_size, -1, x.shape[-1]) for x in (inputs, gradients))
         if transposed:  # y = a W: the gradient is a^T g, the same sum with the roles exchanged
             a, g = g, a
@@ -97,6 +106,23 @@ class Book:
             _add_gram(self._open.setdefault(key, []), g)  # now, while g is in the cache
             if last:
                 self._close(key)
+
+    def _block(self, weight: nn.Parameter, rows: slice) -> Any:
+        """What stands for these rows of a weight: an empty tensor of their shape, the same one for the same rows."""
+        first, last, step = rows.indices(len(weight))
+        for block, (of, start, end) in self._blocks.items():
+            if of is weight and (start, end) == (first, last):
+                return block
+            if of is weight and start < last and first < end:
+                raise ValueError(
+                    f"rows {first} to {last} of a weight overlap with rows {start} to {end}, which are used by"
+                    " themselves: ask for the same rows each time, or for the whole."
+                )
+        if weight in self._tied or step != 1 or first >= last:
+            raise ValueError(f"{rows} of a weight, tied or not, cannot be noted by themselves; use the whole.")
+        block = torch.empty(last - first, *weight.shape[1:], device="meta")
+        self._blocks[block] = weight, first, last
+        return block
 
     def instantiates(self, a: Tensor, g: Tensor, tied: bool = False) -> bool:
         """Whether to keep per-example gradients (B, p, d) instead of the pairs a (B, T, d), g (B, T, p).
@@ -185,6 +211,9 @@ class Book:
         """
         for key in list(self._open):
             self._close(key)
+        for weight, *_ in self._blocks.values():
+            if weight in self._dense or weight in self._affine or weight in self._lookups:
+                raise ValueError("a weight is used as a whole and by rows: their common gradient would not be clipped.")
         for table in (self._tied | self._lookups.keys()) & self._dense.keys():
             self._finish_dense(table)
         if self._dense:
@@ -225,8 +254,14 @@ class Book:
             return tensor.masked_fill(bad.view(-1, *[1] * (tensor.ndim - 1)), 0) if some_bad else tensor
 
         def asked(parameter: nn.Parameter) -> bool:
-            return only is None or parameter is only
+            return only is None or self._blocks.get(parameter, (parameter,))[0] is only
 
+        for block, (weight, first, last) in self._blocks.items():
+            if asked(block):
+                if weight not in sums:
+                    dtype = torch.promote_types(weight.dtype, torch.float32)
+                    sums[weight] = torch.zeros(weight.shape, dtype=dtype, device=coefficients.device)
+                sums[block] = sums[weight][first:last]  # what is added there is added here
         for parameter in list(filter(asked, self._dense)):
             pieces = self._dense.pop(parameter)
             for piece, each in zip(pieces, coefficients.split([len(piece) for piece in pieces]), strict=True):
@@ -257,6 +292,8 @@ class Book:
                 if table not in sums:
                     sums[table] = rows.new_zeros(table.shape)
                 sums[table].index_add_(0, ids.flatten(), rows)
+        for block in self._blocks:
+            sums.pop(block, None)
 
     def _add_lookup_norms(self, table: nn.Parameter) -> None:
         """What one row of a table got at several positions is one gradient: their sum has to be known."""
