@@ -66,6 +66,7 @@ from benchmarks.quality_methods import (
 )
 from benchmarks.report import write_report
 from hf_spectral_dp import DPSpectralPipeline, PrivacyCard, SpectralConfig, SpectralTokenizerForCausalLM
+from hf_spectral_dp.metrics.utility import DIFFERENT, PUBLISHED
 from hf_spectral_dp.super_resolution import upscale_to
 
 METHODS = ("ours", "ceiling", "floor", "raster", "pixels", "diffusion", "real")
@@ -88,7 +89,7 @@ class Size:
         private, test, public: images. each: images generated per class.
         public_steps: of 64 public images each, for every model that is not bundled.
         steps, batch: of DP training. twin_steps: of 64 private images each, at epsilon inf.
-        classifier_steps, seeds: of each of the three architectures, on images averaged over blocks of side `block`;
+        classifier_steps, seeds: of each of the three `architectures`, on images averaged over blocks of side `block`;
             no steps, no classifiers.
         compared: images for distances.
         widths, denoising_steps: of the diffusion model. diffusion_share: of the public steps that it takes.
@@ -109,6 +110,13 @@ class Size:
     widths: tuple[int, int]
     denoising_steps: int
     diffusion_share: float = 1.0
+    architectures: tuple[str, ...] = DIFFERENT
+
+    @property
+    def measured(self) -> dict[str, Any]:
+        """What `figures` is to do."""
+        names = ("classifier_steps", "architectures", "seeds", "block", "compared")
+        return {name: getattr(self, name) for name in names}
 
 
 SIZES = {
@@ -118,9 +126,13 @@ SIZES = {
     "photos": Size(20000, 1500, 44000, 500, 4000, 60, 2048, 2000, 0, 1, 2, 1000, (16, 32), 20, 0.6),
     # A row of this diffusion model costs 1.7 times what one of ours does: equal operations for all.
     "objects": Size(50000, 10000, 15000, 500, 2000, 60, 2048, 2000, 1000, 1, 1, 1000, (16, 32), 20, 0.6),
-    # As many generated images as the published comparisons take (DPImageBench: 60,000).
-    "medium": Size(60000, 10000, 20000, 6000, 3000, 240, 4000, 4000, 3000, 1, 1, 2000, (32, 64), 20),
-    "full": Size(60000, 10000, 60000, 2000, 8000, 400, 4096, 20000, 2000, 3, 1, 10000, (64, 128), 50),
+    # As many generated images as the published comparisons take (DPImageBench: 60,000), and the same kinds of networks.
+    "medium": Size(
+        60000, 10000, 20000, 6000, 3000, 240, 4000, 4000, 3000, 1, 1, 2000, (32, 64), 20, architectures=PUBLISHED
+    ),
+    "full": Size(
+        60000, 10000, 60000, 2000, 8000, 400, 4096, 20000, 2000, 3, 1, 10000, (64, 128), 50, architectures=PUBLISHED
+    ),
 }
 
 # Settings of DP training. Token models: those of the bundled demo, chosen on 6,000 digits of the MNIST test split: no
@@ -304,7 +316,7 @@ def compare(
         if callable(source):
             rate = len(labels) / seconds
             yield shared | {"metric": "images per second", "value": rate, "low": None, "high": None, "n": len(labels)}
-        for row in figures(drawn, test, images, size.classifier_steps, size.seeds, size.block, size.compared):
+        for row in figures(drawn, test, images, **size.measured):
             yield shared | row | {"size": title}
         if grids is not None and method not in ("ceiling", "real"):  # these are private images
             save_grid(drawn[0], images, grids / f"quality_{name}_{method}_{epsilon:g}.png")
@@ -339,9 +351,7 @@ def measured(folder: Path, name: str, title: str, data: Path, grids: Path | None
     }
     rate = len(labels) / seconds
     yield shared | {"metric": "images per second", "value": rate, "low": None, "high": None, "n": len(labels)}
-    for row in figures(
-        (bordered[mixed], labels[mixed]), test, images, size.classifier_steps, 1, size.block, size.compared
-    ):
+    for row in figures((bordered[mixed], labels[mixed]), test, images, **size.measured | {"seeds": 1}):
         yield shared | row | {"size": title}
     if grids is not None:
         first = torch.arange(images.classes).repeat(6) * size.each + torch.arange(6).repeat_interleave(images.classes)

@@ -14,22 +14,33 @@ from torch import Tensor
 from benchmarks.quality_data import ImageSet, Labelled
 from hf_spectral_dp.metrics.distances import frechet_distance
 from hf_spectral_dp.metrics.evaluation import evaluate_images
-from hf_spectral_dp.metrics.utility import classifier_utility
+from hf_spectral_dp.metrics.utility import UtilityResult, classifier_utility
 from hf_spectral_dp.privacy.audit import rate_bounds
 
 
 def figures(
-    images: Labelled, test: Labelled, kind: ImageSet, steps: int, seeds: int, block: int, compared: int
+    images: Labelled,
+    test: Labelled,
+    kind: ImageSet,
+    classifier_steps: int,
+    architectures: tuple[str, ...],
+    seeds: int,
+    block: int,
+    compared: int,
 ) -> Iterator[dict[str, Any]]:
     """Rows {"metric", "value", "low", "high", "n"} for images with labels, against real test images.
 
     Accuracy is that of classifiers trained on the images and tested on the real ones: per architecture, and their mean
     with the spread over architectures and seeds. Intervals are of 95 % for other test images. Distances compare equal
-    numbers of images, at most `compared`. Classifiers see averages over blocks of side `block`; `steps` 0 leaves them
-    out.
+    numbers of images, at most `compared`. Classifiers see averages over blocks of side `block`; `classifier_steps` 0
+    leaves them out.
     """
-    if steps:
-        yield from _accuracies(images, test, kind, steps, seeds, block)
+    if classifier_steps:
+        smaller = [F.avg_pool2d(_bare(some, kind), block) for some in (images[0], test[0])]
+        results = classifier_utility(
+            smaller[0], images[1], smaller[1], test[1], architectures=architectures, seeds=seeds, steps=classifier_steps
+        )
+        yield from _accuracies(results, len(test[0]))
     drawn, real = images[0], test[0]
     count = min(len(drawn), len(real), compared)
     order = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(0))[:count]
@@ -48,17 +59,11 @@ def coarse_distance(real: Tensor, drawn: Tensor) -> Iterator[dict[str, Any]]:
         yield _row("frechet_distance at 8 pixels", frechet_distance(first, second), None, None, len(second))
 
 
-def _accuracies(
-    images: Labelled, test: Labelled, kind: ImageSet, steps: int, seeds: int, block: int
-) -> Iterator[dict[str, Any]]:
-    drawn, labels = images
-    real, real_labels = test
-    smaller = [F.avg_pool2d(_bare(some, kind), block) for some in (drawn, real)]
-    results = classifier_utility(smaller[0], labels, smaller[1], real_labels, seeds=seeds, steps=steps)
+def _accuracies(results: list[UtilityResult], n: int) -> Iterator[dict[str, Any]]:
     for found in results:
         yield _row(f"accuracy, {found.architecture}", found.accuracy, found.low, found.high, found.n)
     accuracies = [accuracy for found in results for accuracy in found.accuracies]
-    mean, n = fmean(accuracies), len(real)
+    mean = fmean(accuracies)
     low, high = rate_bounds(mean * n, n, 0.025)
     yield _row("accuracy", mean, low, high, n) | {"spread": stdev(accuracies)}
 

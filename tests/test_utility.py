@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_spectral_dp.metrics import utility
-from hf_spectral_dp.metrics.utility import ARCHITECTURES, classifier_accuracy, classifier_utility
+from hf_spectral_dp.metrics.utility import ARCHITECTURES, DIFFERENT, PUBLISHED, classifier_accuracy, classifier_utility
 
 
 def stripes(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -28,14 +28,20 @@ def test_learns_what_the_sets_share_and_repeats_itself():
 
 def test_every_architecture_learns_and_every_class_has_its_result():
     train, (images, labels) = stripes(300, 0), stripes(100, 1)
-    results = classifier_utility(*train, images, labels, seeds=2, steps=24)
-    assert [result.architecture for result in results] == list(ARCHITECTURES) and len(results) == 3
+    results = classifier_utility(*train, images, labels, architectures=list(ARCHITECTURES), seeds=2, steps=24)
+    assert [result.architecture for result in results] == list(ARCHITECTURES) and len(results) == 5
     for result in results:
         assert result.accuracy > 0.9 and len(result.accuracies) == 2 and result.n == 100
         assert result.low <= result.accuracy <= result.high
         assert [one.n for one in result.per_class] == [int((labels == label).sum()) for label in (0, 1)]
         by_class = sum(one.accuracy * one.n for one in result.per_class) / 100
         assert by_class == pytest.approx(result.accuracy, abs=1e-3)
+
+
+def test_three_architectures_unless_others_are_asked_for():
+    train, test = stripes(60, 0), stripes(60, 1)
+    assert [one.architecture for one in classifier_utility(*train, *test, seeds=1, steps=4)] == list(DIFFERENT)
+    assert {*DIFFERENT, *PUBLISHED} == {*ARCHITECTURES} and len(PUBLISHED) == 3
 
 
 @pytest.mark.parametrize("order", ["in turn", "one after the other", "shuffled by seed 0"])

@@ -38,7 +38,11 @@ class _Residual(nn.Module):
 
 
 def _convolution(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
-    return [nn.Conv2d(inputs, outputs, 3, stride, padding=1), nn.GroupNorm(4, outputs), nn.ReLU()]
+    return [nn.Conv2d(inputs, outputs, 3, stride, padding=1), *_activation(outputs)]
+
+
+def _activation(width: int) -> list[nn.Module]:
+    return [nn.GroupNorm(4, width), nn.ReLU()]
 
 
 def _convolutional(channels: int, classes: int) -> nn.Module:
@@ -67,12 +71,42 @@ def _mixer(channels: int, classes: int) -> nn.Module:
     return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(256, classes))
 
 
+def _wide(channels: int, classes: int) -> nn.Module:
+    """Two stages of twice the width, normalised before each convolution (wide ResNet, arXiv:1605.07146)."""
+    blocks: list[nn.Module] = []
+    for inputs, outputs in ((channels, 48), (48, 96)):
+        inner = [
+            layer for _ in range(2) for layer in (*_activation(outputs), nn.Conv2d(outputs, outputs, 3, padding=1))
+        ]
+        blocks += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), _Residual(*inner)]
+    return nn.Sequential(*blocks, *_activation(96), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(384, classes))
+
+
+def _grouped(channels: int, classes: int) -> nn.Module:
+    """Two stages whose convolutions work on eight groups of channels side by side (ResNeXt, arXiv:1611.05431)."""
+    blocks: list[nn.Module] = []
+    for inputs, outputs in ((channels, 48), (48, 96)):
+        inner = [nn.Conv2d(outputs, outputs, 1), *_activation(outputs)]
+        inner += [nn.Conv2d(outputs, outputs, 3, padding=1, groups=8), *_activation(outputs)]
+        inner += [nn.Conv2d(outputs, outputs, 1), nn.GroupNorm(4, outputs)]
+        blocks += [*_convolution(inputs, outputs, stride=2), _Residual(*inner), nn.ReLU()]
+    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(384, classes))
+
+
 ARCHITECTURES: dict[str, Callable[[int, int], nn.Module]] = {
     "convolutional": _convolutional,
     "residual": _residual,
     "mixer": _mixer,
+    "wide": _wide,
+    "grouped": _grouped,
 }
 """Name of a classifier to what builds it from numbers of channels and classes. For images of at least 8 pixels."""
+
+DIFFERENT = ("convolutional", "residual", "mixer")
+"""Three architectures that have little in common, and take little time."""
+
+PUBLISHED = ("residual", "wide", "grouped")
+"""The kinds of which DPImageBench (arXiv:2503.14681) takes the mean: ResNet, wide ResNet and ResNeXt; smaller ones."""
 
 
 @dataclass(frozen=True)
@@ -122,11 +156,11 @@ def classifier_utility(
     *,
     private_validation: tuple[Tensor, Tensor] | None = None,
     selection_epsilon: float | None = None,
-    architectures: Sequence[str] = tuple(ARCHITECTURES),
+    architectures: Sequence[str] = DIFFERENT,
     seeds: int = 3,
     steps: int = 400,
 ) -> list[UtilityResult]:
-    """Trains every architecture from several seeds on generated images and tests each once on real ones.
+    """Trains each of some architectures from several seeds on generated images and tests each once on real ones.
 
     A tenth of the generated images of every class is kept apart. Of four equally spaced checkpoints of a training,
     the one with most of these right is tested. The test images choose nothing.
@@ -303,4 +337,12 @@ def _result(architecture: str, right: Tensor, labels: Tensor, classes: int) -> U
     )
 
 
-__all__ = ["ARCHITECTURES", "ClassAccuracy", "UtilityResult", "classifier_accuracy", "classifier_utility"]
+__all__ = [
+    "ARCHITECTURES",
+    "DIFFERENT",
+    "PUBLISHED",
+    "ClassAccuracy",
+    "UtilityResult",
+    "classifier_accuracy",
+    "classifier_utility",
+]
