@@ -144,7 +144,7 @@ def test_rivals_of_colour_images_end_with_the_bundled_network():
     images, public = IMAGE_SETS["faces"], photos()
     size = replace(SIZES["quick"], public_steps=1)
     network = AutoModelForImageToImage.from_pretrained(BUNDLED / "photos-super-resolution").eval()
-    for method, side in {"ours": 16, "raster": 64, "pixels": 8, "diffusion": 16}.items():
+    for method, side in {"ours": 16, "raster": 64, "pixels": 8, "pixels16": 16, "diffusion": 16}.items():
         generator, cost = public_generator(method, "faces", images, public, size, Folders())
         assert (cost.flops == 0) == (method == "ours"), method
         coarse = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(1)) * 2 - 1
