@@ -28,9 +28,10 @@ class TokenGenerator:
     """A class-conditional causal model over tokens, in order, of images of some size.
 
     `config` says which tokens: with all scales it is ours; with one scale of single coefficients it has one token per
-    pixel of a small image. `temperature` divides the logits when sampling. `enlarge` 2 shows the codec every pixel as a block of 2 x 2, whose Haar approximation band
+    pixel of a small image. `enlarge` 2 shows the codec every pixel as a block of 2 x 2, whose Haar approximation band
     is the image itself: patches of pixels in raster order, the way of models without wavelets. `attempts`: how often
-    images that the model itself takes for another class are drawn again; see `SpectralTokenizerForCausalLM.sample`.
+    images that the model itself takes for another class are drawn again; `temperature` divides the logits; see
+    `SpectralTokenizerForCausalLM.sample`.
     """
 
     def __init__(self, model: SpectralTokenizerForCausalLM, upscaler: Upscaler, enlarge: int = 1):
