@@ -240,7 +240,7 @@ def public_generator(
         return generator, Cost(*figures)
     # A row of 256 tokens costs more than four times what one of 64 does.
     share = {"diffusion": size.diffusion_share, "pixels16": 0.5}.get(method, 1)
-    steps = round(size.public_steps * share)
+    steps = max(1, round(size.public_steps * share))
     cost = train_publicly(generator, generator.rows(pixels, labels), steps, hide=0.1)
     if int(labels.max()) < 0:
         generator.name_classes()
