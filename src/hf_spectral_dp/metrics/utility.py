@@ -75,10 +75,8 @@ def _wide(channels: int, classes: int) -> nn.Module:
     """Two stages of twice the width, normalised before each convolution (wide ResNet, arXiv:1605.07146)."""
     blocks: list[nn.Module] = []
     for inputs, outputs in ((channels, 48), (48, 96)):
-        inner = [
-            layer for _ in range(2) for layer in (*_activation(outputs), nn.Conv2d(outputs, outputs, 3, padding=1))
-        ]
-        blocks += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), _Residual(*inner)]
+        first, second = ([*_activation(outputs), nn.Conv2d(outputs, outputs, 3, padding=1)] for _ in range(2))
+        blocks += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), _Residual(*first, *second)]
     return nn.Sequential(*blocks, *_activation(96), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(384, classes))
 
 

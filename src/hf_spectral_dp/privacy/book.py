@@ -119,7 +119,7 @@ class Book:
                     " themselves: ask for the same rows each time, or for the whole."
                 )
         if weight in self._tied or step != 1 or first >= last:
-            raise ValueError(f"{rows} of a weight, tied or not, cannot be noted by themselves; use the whole.")
+            raise ValueError(f"{rows} of a weight: rows must lie side by side, of a weight not tied; use the whole.")
         block = torch.empty(last - first, *weight.shape[1:], device="meta")
         self._blocks[block] = weight, first, last
         return block
