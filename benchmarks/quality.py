@@ -363,7 +363,9 @@ def measured(folder: Path, name: str, title: str, data: Path, grids: Path | None
     for row in figures((bordered[mixed], labels[mixed]), test, images, **size.measured | {"seeds": 1}):
         yield shared | row | {"size": title}
     if grids is not None:
-        first = torch.arange(images.classes).repeat(6) * size.each + torch.arange(6).repeat_interleave(images.classes)
+        rows = 60 // images.classes
+        first = torch.arange(images.classes).repeat(rows) * size.each
+        first += torch.arange(rows).repeat_interleave(images.classes)
         save_grid(bordered[first], images, grids / f"quality_{name}_pipeline_{shared['epsilon']:g}.png")
 
 
