@@ -114,8 +114,8 @@ class Size:
     architectures: tuple[str, ...] = DIFFERENT
 
     @property
-    def measured(self) -> dict[str, Any]:
-        """What `figures` is to do."""
+    def for_figures(self) -> dict[str, Any]:
+        """How `figures` is to measure."""
         names = ("classifier_steps", "architectures", "seeds", "block", "compared")
         return {name: getattr(self, name) for name in names}
 
@@ -325,7 +325,7 @@ def compare(
         if callable(source):
             rate = len(labels) / seconds
             yield shared | {"metric": "images per second", "value": rate, "low": None, "high": None, "n": len(labels)}
-        for row in figures(drawn, test, images, **size.measured):
+        for row in figures(drawn, test, images, **size.for_figures):
             yield shared | row | {"size": title}
         if grids is not None and method not in ("ceiling", "real"):  # these are private images
             save_grid(drawn[0], images, grids / f"quality_{name}_{method}_{epsilon:g}.png")
@@ -360,13 +360,11 @@ def measured(folder: Path, name: str, title: str, data: Path, grids: Path | None
     }
     rate = len(labels) / seconds
     yield shared | {"metric": "images per second", "value": rate, "low": None, "high": None, "n": len(labels)}
-    for row in figures((bordered[mixed], labels[mixed]), test, images, **size.measured | {"seeds": 1}):
+    for row in figures((bordered[mixed], labels[mixed]), test, images, **size.for_figures | {"seeds": 1}):
         yield shared | row | {"size": title}
     if grids is not None:
-        rows = 60 // images.classes
-        first = torch.arange(images.classes).repeat(rows) * size.each
-        first += torch.arange(rows).repeat_interleave(images.classes)
-        save_grid(bordered[first], images, grids / f"quality_{name}_pipeline_{shared['epsilon']:g}.png")
+        in_turn = bordered.unflatten(0, (images.classes, size.each)).transpose(0, 1).flatten(0, 1)
+        save_grid(in_turn, images, grids / f"quality_{name}_pipeline_{shared['epsilon']:g}.png")
 
 
 def main() -> None:

@@ -67,7 +67,7 @@ def go_on(model: SpectralTokenizerForCausalLM, before: SpectralTokenizerForCausa
     """Gives `model` the weights of `before`, whose scales are its own or its first ones; the rest stays as it is.
 
     Raises:
-        ValueError: another shape of the transformer, or other scales or code words.
+        ValueError: other scales, code words or classes. RuntimeError: a transformer of another shape.
     """
     scales, known = model.config.layout.scales, before.config.layout.scales
     same_books = scales[: len(known)] == known and all(

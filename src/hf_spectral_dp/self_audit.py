@@ -71,13 +71,13 @@ class _WithCanaries(nn.Module):
         self.model = model
         self.table = nn.Embedding(canaries + 1, 1)
         nn.init.zeros_(self.table.weight)
+        layout = model.config.layout
+        legal = [layout.scales[index].first_id for index in layout.scale_of_position]
+        self.register_buffer("filler", torch.tensor([model.config.null_token_id, *legal]), persistent=False)
 
     def per_example_loss(self, input_ids: Tensor) -> Tensor:
         number = -1 - input_ids[:, 0]
-        layout = self.model.config.layout
-        legal = [layout.scales[index].first_id for index in layout.scale_of_position]
-        filler = input_ids.new_tensor([self.model.config.null_token_id, *legal]).expand_as(input_ids)
-        losses = self.model.per_example_loss(torch.where(number[:, None] < 0, input_ids, filler))
+        losses = self.model.per_example_loss(torch.where(number[:, None] < 0, input_ids, self.get_buffer("filler")))
         left_out = number == self.table.num_embeddings - 1
         canary = 1e3 * self.table(number.clamp_min(0))[:, 0]
         return torch.where(number < 0, losses, torch.where(left_out, torch.zeros_like(losses), canary))

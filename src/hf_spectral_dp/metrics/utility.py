@@ -45,12 +45,16 @@ def _activation(width: int) -> list[nn.Module]:
     return [nn.GroupNorm(4, width), nn.ReLU()]
 
 
+def _decision(width: int, classes: int) -> list[nn.Module]:
+    return [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * width, classes)]
+
+
 def _convolutional(channels: int, classes: int) -> nn.Module:
     """Three convolutions with pooling and one linear layer, in the manner of VGG (arXiv:1409.1556)."""
     blocks: list[nn.Module] = []
     for inputs, outputs in ((channels, 24), (24, 48), (48, 96)):
         blocks += [*_convolution(inputs, outputs), nn.MaxPool2d(2)]
-    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(384, classes))
+    return nn.Sequential(*blocks, *_decision(96, classes))
 
 
 def _residual(channels: int, classes: int) -> nn.Module:
@@ -59,7 +63,7 @@ def _residual(channels: int, classes: int) -> nn.Module:
     for inputs, outputs in ((channels, 24), (24, 48)):
         inner = [*_convolution(outputs, outputs), nn.Conv2d(outputs, outputs, 3, padding=1), nn.GroupNorm(4, outputs)]
         blocks += [*_convolution(inputs, outputs, stride=2), _Residual(*inner), nn.ReLU()]
-    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(192, classes))
+    return nn.Sequential(*blocks, *_decision(48, classes))
 
 
 def _mixer(channels: int, classes: int) -> nn.Module:
@@ -68,7 +72,7 @@ def _mixer(channels: int, classes: int) -> nn.Module:
     for _ in range(3):
         blocks.append(_Residual(nn.Conv2d(64, 64, 5, padding=2, groups=64), nn.GELU(), nn.GroupNorm(4, 64)))
         blocks += [nn.Conv2d(64, 64, 1), nn.GELU(), nn.GroupNorm(4, 64)]
-    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(256, classes))
+    return nn.Sequential(*blocks, *_decision(64, classes))
 
 
 def _wide(channels: int, classes: int) -> nn.Module:
@@ -77,7 +81,7 @@ def _wide(channels: int, classes: int) -> nn.Module:
     for inputs, outputs in ((channels, 48), (48, 96)):
         first, second = ([*_activation(outputs), nn.Conv2d(outputs, outputs, 3, padding=1)] for _ in range(2))
         blocks += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), _Residual(*first, *second)]
-    return nn.Sequential(*blocks, *_activation(96), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(384, classes))
+    return nn.Sequential(*blocks, *_activation(96), *_decision(96, classes))
 
 
 def _grouped(channels: int, classes: int) -> nn.Module:
@@ -88,7 +92,7 @@ def _grouped(channels: int, classes: int) -> nn.Module:
         inner += [nn.Conv2d(outputs, outputs, 3, padding=1, groups=8), *_activation(outputs)]
         inner += [nn.Conv2d(outputs, outputs, 1), nn.GroupNorm(4, outputs)]
         blocks += [*_convolution(inputs, outputs, stride=2), _Residual(*inner), nn.ReLU()]
-    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(384, classes))
+    return nn.Sequential(*blocks, *_decision(96, classes))
 
 
 ARCHITECTURES: dict[str, Callable[[int, int], nn.Module]] = {

@@ -80,7 +80,7 @@ class _Affine(torch.autograd.Function):
         inner = None
         if ctx.needs_input_grad[0]:
             inner = ctx.readers.send_back(book, (g, weight.T if ctx.transposed else weight))
-        return inner, *[None] * 7
+        return inner, *[None] * 6
 
 
 class _Adapted(torch.autograd.Function):
