@@ -88,12 +88,13 @@ class Size:
 
     Attributes:
         private, test, public: images. each: images generated per class.
-        public_steps: of 64 public images each, for every model that is not bundled.
-        steps, batch: of DP training. twin_steps: of 64 private images each, at epsilon inf.
+        public_steps: of `public_batch` public images each, for every model that is not bundled.
+        steps, batch: of DP training. twin_steps: of `public_batch` private images each, at epsilon inf.
         classifier_steps, seeds: of each of the three `architectures`, on images averaged over blocks of side `block`;
             no steps, no classifiers.
         compared: images for distances.
         widths, denoising_steps: of the diffusion model. diffusion_share: of the public steps that it takes.
+        micro_batch: private rows in one pass, for speed only.
     """
 
     private: int
@@ -112,6 +113,8 @@ class Size:
     denoising_steps: int
     diffusion_share: float = 1.0
     architectures: tuple[str, ...] = DIFFERENT
+    public_batch: int = 64
+    micro_batch: int = 64
 
     @property
     def for_figures(self) -> dict[str, Any]:
@@ -125,8 +128,17 @@ SIZES = {
     "small": Size(20000, 3000, 4000, 100, 250, 24, 512, 250, 150, 1, 2, 1000, (16, 32), 20),
     # Half the public rows of the bundled model of photos; a row of diffusion costs more than one of the others.
     "photos": Size(20000, 1500, 44000, 500, 4000, 60, 2048, 2000, 0, 1, 2, 1000, (16, 32), 20, 0.6),
+    # The like on a GPU, minutes per method: four times the rows, diffusion of 16 times the size.
+    "photos-gpu": Size(
+        20000, 1500, 44000, 500, 4000, 240, 2048, 2000, 0, 1, 2, 1000, (64, 128), 50, public_batch=256,
+        micro_batch=2048,
+    ),  # fmt: skip
     # A row of this diffusion model costs 1.7 times what one of ours does: equal operations for all.
     "objects": Size(50000, 10000, 15000, 500, 2000, 60, 2048, 2000, 1000, 1, 1, 1000, (16, 32), 20, 0.6),
+    "objects-gpu": Size(
+        50000, 10000, 44000, 2000, 6000, 500, 4096, 4000, 2000, 1, 1, 2000, (64, 128), 50, 2.0, PUBLISHED,
+        public_batch=256, micro_batch=4096,
+    ),  # fmt: skip
     # As many generated images as the published comparisons take (DPImageBench: 60,000), and the same kinds of networks.
     "medium": Size(
         60000, 10000, 20000, 6000, 3000, 240, 4000, 4000, 3000, 1, 1, 2000, (32, 64), 20, architectures=PUBLISHED
@@ -145,15 +157,20 @@ SETTINGS: dict[str, dict[str, Any]] = dict.fromkeys(TRAINED, TOKENS) | {
 }
 
 
-def photo_settings(method: str, epsilon: float) -> dict[str, Any]:
+def photo_settings(method: str, epsilon: float, steps: int) -> dict[str, Any]:
     """What differs for colour images: a schedule that ends in small steps, and steps that fit the noise.
 
     Each token model chose its own rates, of 0.15 and 0.3 at epsilon 1 and of 0.25, 0.5 and 1 at 10, by the loss on
     held-out public pictograms (Noto emoji, as far from the public photos as faces are), after the steps of size
-    "photos" with the noise of a batch of 2,048 in 20,000 rows; all three chose the same.
+    "photos" with the noise of a batch of 2,048 in 20,000 rows; all three chose the same. At epsilon 1 more steps help
+    up to 120, at half the rate (2.84 nats after 60, 2.81 after 120 for ours; 240 at the whole rate end at 3.20).
     """
-    rate = {"learning_rate": 0.3 if epsilon < 4 else 0.5} if method != "diffusion" else {}
-    return {"lr_scheduler_type": "cosine", "warmup_steps": 5} | rate
+    schedule: dict[str, Any] = {"lr_scheduler_type": "cosine", "warmup_steps": 5, "max_steps": steps}
+    if epsilon < 4:
+        schedule["max_steps"] = min(steps, 120)
+    if method != "diffusion":
+        schedule["learning_rate"] = 0.5 if epsilon >= 4 else 0.15 if schedule["max_steps"] > 60 else 0.3
+    return schedule
 
 
 def temperature(method: str, images: ImageSet) -> float:
@@ -190,7 +207,7 @@ class Folders:
 
 
 def public_generator(
-    method: str, name: str, images: ImageSet, public: Labelled, size: Size, folders: Folders
+    method: str, name: str, images: ImageSet, public: Labelled, size: Size, folders: Folders, device: str = "cpu"
 ) -> tuple[Generator, Cost]:
     """A generator that knows public images only, and what its public training took (nothing if it is bundled)."""
     torch.manual_seed(0)
@@ -199,12 +216,12 @@ def public_generator(
     bundled = None if folders.codec is not None else BUNDLED.get(name)
     if bundled and method == "ours":
         model = AutoModelForCausalLM.from_pretrained(CHECKPOINTS / bundled[0])
-        network = AutoModelForImageToImage.from_pretrained(CHECKPOINTS / bundled[1]).eval()
+        network = AutoModelForImageToImage.from_pretrained(CHECKPOINTS / bundled[1]).to(device).eval()
         if model.config.num_classes != images.classes:
             model = model.with_classes(images.classes)
-        return TokenGenerator(model, partial(upscaler, network, side)), Cost(0.0, 0.0)
+        return TokenGenerator(model.to(device), partial(upscaler, network, side)), Cost(0.0, 0.0)
     known = CHECKPOINTS / bundled[2] if bundled else folders.super_resolution
-    network = None if known is None else AutoModelForImageToImage.from_pretrained(known).eval()
+    network = None if known is None else AutoModelForImageToImage.from_pretrained(known).to(device).eval()
     enlarged = partial(upscaler, network, side)
     kept = folders.keep / f"{name}_{method}_{size.public_steps}.pt" if folders.keep is not None else None
     found = kept is not None and kept.exists()
@@ -234,14 +251,15 @@ def public_generator(
             generator = TokenGenerator.from_public_images(config, pixels, enlarged, enlarge)
         if method == "raster" and images.channels == 3 and network is not None:
             generator.upscaler = lambda drawn: enlarged(torch.nn.functional.avg_pool2d(drawn, 4))
+    generator.model.to(device)
     if kept is not None and found:
-        state, *figures = torch.load(kept, weights_only=True)
+        state, *figures = torch.load(kept, weights_only=True, map_location=device)
         generator.model.load_state_dict(state)
         return generator, Cost(*figures)
     # A row of 256 tokens costs more than four times what one of 64 does.
     share = {"diffusion": size.diffusion_share, "pixels16": 0.5}.get(method, 1)
     steps = max(1, round(size.public_steps * share))
-    cost = train_publicly(generator, generator.rows(pixels, labels), steps, hide=0.1)
+    cost = train_publicly(generator, generator.rows(pixels, labels), steps, size.public_batch, hide=0.1)
     if int(labels.max()) < 0:
         generator.name_classes()
     if kept is not None:
@@ -259,6 +277,7 @@ def sources(
     private: Labelled,
     public: Labelled,
     folders: Folders,
+    device: str,
 ) -> Iterator[tuple[str, float, Callable[[Tensor, torch.Generator], Tensor] | Labelled, Cost, Cost]]:
     """Every method at every epsilon: name, epsilon, images or what draws them, costs of public and DP training."""
     free = Cost(0.0, 0.0)
@@ -268,7 +287,7 @@ def sources(
     for method in TRAINED:
         if method not in methods and not (method == "ours" and {"floor", "ceiling"} & set(methods)):
             continue
-        base, before = public_generator(method, name, images, public, size, folders)
+        base, before = public_generator(method, name, images, public, size, folders, device)
         if isinstance(base, TokenGenerator):
             base.temperature = temperature(method, images)
             base.attempts = ATTEMPTS if size.classifier_steps else 1  # class labels matter where classifiers learn
@@ -281,11 +300,16 @@ def sources(
         for epsilon in epsilons if method in methods else []:
             generator = copy.deepcopy(base)
             if math.isinf(epsilon):
-                cost = train_publicly(generator, rows, size.twin_steps, learning_rate=1e-3)
+                cost = train_publicly(generator, rows, size.twin_steps, size.public_batch, learning_rate=1e-3)
             else:
-                batch = {"max_steps": size.steps, "expected_batch_size": size.batch, "micro_batch_size": 64}
-                settings = SETTINGS[method] | (photo_settings(method, epsilon) if images.channels == 3 else {})
-                cost = train_privately(generator, rows, epsilon, DELTA, **batch, **settings)
+                settings = SETTINGS[method] | {
+                    "max_steps": size.steps,
+                    "expected_batch_size": size.batch,
+                    "micro_batch_size": size.micro_batch,
+                }
+                if images.channels == 3:
+                    settings |= photo_settings(method, epsilon, size.steps)
+                cost = train_privately(generator, rows, epsilon, DELTA, **settings)
             yield method, epsilon, generator.sample, before, cost
 
 
@@ -297,6 +321,7 @@ def compare(
     data: Path,
     grids: Path | None,
     folders: Folders,
+    device: str = "cpu",
     steps: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     """The rows of the benchmark."""
@@ -307,10 +332,10 @@ def compare(
     public = public_images(images, data, size.public)
     labels = torch.arange(images.classes).repeat(size.each)
     for method, epsilon, source, before, cost in sources(
-        name, methods, epsilons, size, images, private, public, folders
+        name, methods, epsilons, size, images, private, public, folders, device
     ):
         start = time.perf_counter()
-        drawn = (source(labels, torch.Generator().manual_seed(0)), labels) if callable(source) else source
+        drawn = (source(labels, torch.Generator(device).manual_seed(0)), labels) if callable(source) else source
         seconds = time.perf_counter() - start
         shared = {
             "dataset": name,
@@ -325,7 +350,7 @@ def compare(
         if callable(source):
             rate = len(labels) / seconds
             yield shared | {"metric": "images per second", "value": rate, "low": None, "high": None, "n": len(labels)}
-        for row in figures(drawn, test, images, **size.for_figures):
+        for row in figures(drawn, test, images, **size.for_figures, device=device):
             yield shared | row | {"size": title}
         if grids is not None and method not in ("ceiling", "real"):  # these are private images
             save_grid(drawn[0], images, grids / f"quality_{name}_{method}_{epsilon:g}.png")
@@ -379,6 +404,7 @@ def main() -> None:
     parser.add_argument("--codec", type=Path, help="colour: folder of the public codec of ours")
     parser.add_argument("--super_resolution", type=Path, help="colour: folder of the public network that all end with")
     parser.add_argument("--keep", type=Path, help="folder where public models are kept, and found by a later run")
+    parser.add_argument("--device", default="cpu", help="where models are trained and sampled: cpu or cuda")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="one folder per image set")
     parser.add_argument("--out", type=Path, help="JSON file; sample grids are put beside it")
     arguments = parser.parse_args()
@@ -393,11 +419,11 @@ def main() -> None:
         folders = Folders(arguments.codec, arguments.super_resolution, arguments.keep)
         rows = compare(
             arguments.dataset, arguments.methods, arguments.epsilon, size, arguments.data, grids, folders,
-            arguments.steps,
+            arguments.device, arguments.steps,
         )  # fmt: skip
         command += f" --epsilon {' '.join(f'{epsilon:g}' for epsilon in arguments.epsilon)}"
-        for name in ("codec", "super_resolution", "keep", "steps"):
-            if getattr(arguments, name) is not None:
+        for name in ("codec", "super_resolution", "keep", "steps", "device"):
+            if getattr(arguments, name) not in (None, "cpu"):
                 command += f" --{name} {getattr(arguments, name)}"
         if len(arguments.methods) < len(METHODS):
             command += f" --methods {' '.join(arguments.methods)}"

@@ -27,19 +27,22 @@ def figures(
     seeds: int,
     block: int,
     compared: int,
+    device: str = "cpu",
 ) -> Iterator[dict[str, Any]]:
     """Rows {"metric", "value", "low", "high", "n"} for images with labels, against real test images.
 
     Accuracy is that of classifiers trained on the images and tested on the real ones: per architecture, and their mean
     with the spread over architectures and seeds. Intervals are of 95 % for other test images. Distances compare equal
-    numbers of images, at most `compared`. Classifiers see averages over blocks of side `block`; `classifier_steps` 0
-    leaves them out.
+    numbers of images, at most `compared`. Classifiers see averages over blocks of side `block`, and are trained on
+    `device`; `classifier_steps` 0 leaves them out.
     """
     if classifier_steps:
-        smaller = [F.avg_pool2d(_bare(some, kind), block) for some in (images[0], test[0])]
+        smaller = [F.avg_pool2d(_bare(some, kind), block).to(device) for some in (images[0], test[0])]
+        labels = [some.to(device) for some in (images[1], test[1])]
         results = classifier_utility(
-            smaller[0], images[1], smaller[1], test[1], architectures=architectures, seeds=seeds, steps=classifier_steps
-        )
+            smaller[0], labels[0], smaller[1], labels[1], architectures=architectures, seeds=seeds,
+            steps=classifier_steps,
+        )  # fmt: skip
         yield from _accuracies(results, len(test[0]))
     drawn, real = images[0], test[0]
     count = min(len(drawn), len(real), compared)

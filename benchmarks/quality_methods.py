@@ -50,26 +50,27 @@ class TokenGenerator:
 
     def rows(self, images: Tensor, labels: Tensor) -> Tensor:
         """Token rows (N, 1 + T) of images (N, C, S, S); label -1 becomes the null token."""
-        codec, config = self.model.codec, self.model.config
-        tokens = torch.cat([codec.encode(self._enlarged(some)) for some in images.split(1000)])
+        codec, config, device = self.model.codec, self.model.config, self.model.device
+        tokens = torch.cat([codec.encode(self._enlarged(some.to(device))).cpu() for some in images.split(1000)])
         first = torch.where(labels < 0, config.null_token_id, labels + config.layout.codes)
         return torch.cat([first[:, None], tokens], 1)
 
     def hide_labels(self, rows: Tensor, share: float) -> Tensor:
         """The rows, a random `share` of them without label."""
-        hidden = torch.rand(len(rows)) < share
+        hidden = torch.rand(len(rows), device=rows.device) < share
         return torch.cat([torch.where(hidden, self.model.config.null_token_id, rows[:, 0])[:, None], rows[:, 1:]], 1)
 
     def decoded(self, rows: Tensor) -> Tensor:
         """Full-size images of rows."""
-        return torch.cat([self.upscaler(self.model.decode(some[:, 1:])) for some in rows.split(500)])
+        some = (part[:, 1:].to(self.model.device) for part in rows.split(500))
+        return torch.cat([self.upscaler(self.model.decode(tokens)).cpu() for tokens in some])
 
     def sample(self, labels: Tensor, generator: torch.Generator) -> Tensor:
-        """Full-size images (N, C, S, S) in [-1, 1] of class labels."""
+        """Full-size images (N, C, S, S) in [-1, 1] of class labels; the generator is on the model's device."""
         self.model.eval()
         how = {"attempts": self.attempts, "temperature": self.temperature}
-        draws = [self.model.sample(some, generator=generator, **how) for some in labels.split(500)]
-        return torch.cat([self.upscaler(self.model.decode(tokens)) for tokens in draws])
+        draws = (self.model.sample(some, generator=generator, **how) for some in labels.split(500))
+        return torch.cat([self.upscaler(self.model.decode(tokens)).cpu() for tokens in draws])
 
     def name_classes(self) -> None:
         """After training on images without labels: every class starts from what is known of the null token."""
@@ -101,10 +102,14 @@ class Denoiser(nn.Module):
         rows = input_ids
         labels = rows[:, 0].long() % (self.classes + 1)
         pixels = rows[:, 1:].view(-1, self.channels, self.side, self.side)
-        times, noise = torch.randint(1000, (len(rows),)), torch.randn_like(pixels)
+        times, noise = torch.randint(1000, (len(rows),), device=rows.device), torch.randn_like(pixels)
         noisy = self.scheduler.add_noise(pixels, noise, times)
         guess = self.unet(noisy, times, class_labels=labels).sample
         return (guess - noise).square().flatten(1).mean(1)
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
 
     def train_only_attention(self) -> None:
         for name, parameter in self.unet.named_parameters():
@@ -125,19 +130,20 @@ class DiffusionGenerator:
         return torch.cat([labels[:, None].float(), F.avg_pool2d(images, self.block).flatten(1)], 1)
 
     def hide_labels(self, rows: Tensor, share: float) -> Tensor:
-        hidden = torch.rand(len(rows)) < share
+        hidden = torch.rand(len(rows), device=rows.device) < share
         return torch.cat([torch.where(hidden, -1.0, rows[:, 0])[:, None], rows[:, 1:]], 1)
 
     @torch.no_grad()
     def sample(self, labels: Tensor, generator: torch.Generator) -> Tensor:
         model, batches = self.model.eval(), []
         model.scheduler.set_timesteps(self.denoising_steps)
-        for some in labels.split(500):
-            images = torch.randn(len(some), model.channels, model.side, model.side, generator=generator)
+        for some in labels.to(model.device).split(500):
+            shape = (len(some), model.channels, model.side, model.side)
+            images = torch.randn(shape, generator=generator, device=model.device)
             for step in model.scheduler.timesteps:
                 images = model.scheduler.step(model.unet(images, step, class_labels=some).sample, step, images)
                 images = images.prev_sample
-            batches.append(self.upscaler(images.clamp(-1, 1)))
+            batches.append(self.upscaler(images.clamp(-1, 1)).cpu())
         return torch.cat(batches)
 
     def name_classes(self) -> None:
@@ -177,7 +183,7 @@ class Cost:
 
 def flops_per_row(model: Any, rows: Tensor) -> float:
     """Floating-point operations of one forward and backward pass for one row, counted by torch on a few rows."""
-    some = rows[:8]
+    some = rows[:8].to(model.device)
     with FlopCounterMode(display=False) as counter:
         model.per_example_loss(some).mean().backward()
     model.zero_grad(set_to_none=True)
@@ -189,11 +195,13 @@ def train_publicly(
 ) -> Cost:
     """Ordinary training (AdamW, one cycle), a share `hide` of the labels left out: on public rows, or for the twin."""
     start, model = time.perf_counter(), generator.model.train()
+    rows = rows.to(model.device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps + 1, pct_start=0.25)
     for _ in range(steps):
-        some = generator.hide_labels(rows[torch.randint(len(rows), (batch_size,))], hide)
+        chosen = torch.randint(len(rows), (batch_size,), device=rows.device)
+        some = generator.hide_labels(rows[chosen], hide)
         optimizer.zero_grad()
         model.per_example_loss(some).mean().backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -211,7 +219,7 @@ def train_privately(generator: Generator, rows: Tensor, epsilon: float, delta: f
     with tempfile.TemporaryDirectory() as folder:
         arguments = DPTrainingArguments(
             output_dir=folder, target_epsilon=epsilon, target_delta=delta, report_to="none", save_strategy="no",
-            disable_tqdm=True, use_cpu=True, logging_strategy="no",
+            disable_tqdm=True, use_cpu=model.device.type == "cpu", logging_strategy="no",
             **{"lr_scheduler_type": "constant_with_warmup"} | settings,
         )  # fmt: skip
         start = time.perf_counter()

@@ -26,6 +26,7 @@ from hf_spectral_dp import SpectralConfig, SpectralTokenizerForCausalLM
 from hf_spectral_dp.image_sources import load_images
 from hf_spectral_dp.text_encoder import load_text_encoder
 from hf_spectral_dp.token_store import TokenStore, build_token_store
+from hf_spectral_dp.views import Views
 
 CARD = """---
 library_name: hf_spectral_dp
@@ -114,6 +115,7 @@ def main() -> None:
     parser.add_argument("--max_text_tokens", type=int, default=32, help="longer captions and prompts are cut")
     parser.add_argument("--text_dropout", type=float, default=0.1, help="share of rows without text; 0: no guidance")
     parser.add_argument("--images", type=int, default=50_000, help="how many drawn digits")
+    parser.add_argument("--views", type=int, default=1, help="of every photo: mirrored, moved and zoomed a little")
     parser.add_argument("--steps", type=int, default=4_000)
     parser.add_argument("--batch_size", type=int, default=256)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
@@ -148,6 +150,7 @@ def main() -> None:
         caption_column=arguments.caption_column,
         text_encoder=encoder,
         tokenizer=tokenizer,
+        views=Views(count=arguments.views, scaling=0.2, shift=0.1, mirror=True) if arguments.views > 1 else None,
         overwrite=True,
     )
     trainer = Trainer(

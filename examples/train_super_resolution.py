@@ -20,6 +20,8 @@ Never give it the sensitive images, nor images of the same people: nothing here 
 import argparse
 import copy
 import itertools
+import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +34,7 @@ from torch.nn.utils import spectral_norm
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
+from hf_spectral_dp import SpectralTokenizerForCausalLM
 from hf_spectral_dp.image_sources import load_images, readable, undecoded
 from hf_spectral_dp.super_resolution import SpectralSuperResolution, SpectralSuperResolutionConfig, upscale, upscale_to
 
@@ -48,6 +51,8 @@ Adds detail to area-averaged images with {channels} channel(s): `SpectralSuperRe
 
 **Training data:** {data}. No private image was used, so applying it to the output of a differentially private model
 is post-processing.
+
+**Training:** {steps:,} steps of {batch_size} images.
 
 **Quality** on {held_out} held-out public images of side {size}, PSNR in dB: {psnr:.2f}; bicubic: {bicubic:.2f};
 nearest: {nearest:.2f}.
@@ -92,8 +97,32 @@ def public_images(arguments: argparse.Namespace) -> np.ndarray:
 def batches(images: torch.Tensor, batch_size: int, generator: torch.Generator, mirror: bool) -> Iterator[torch.Tensor]:
     """Endless random batches in [-1, 1], mirrored at random if `mirror`."""
     while True:
-        chosen = images[torch.randint(len(images), (batch_size,), generator=generator)].float() / 127.5 - 1
+        places = torch.randint(len(images), (batch_size,), generator=generator).to(images.device)
+        chosen = images[places].float() / 127.5 - 1
         yield chosen.flip(-1) if mirror and torch.rand((), generator=generator) < 0.5 else chosen
+
+
+@torch.no_grad()
+def redrawn(prior: SpectralTokenizerForCausalLM, tokens: torch.Tensor) -> torch.Tensor:
+    """Tokens (B, T), up to half of those of an image drawn anew by the prior, each given the true ones before it.
+
+    A model that samples is wrong here and there, one that was trained with noise more often; a network that saw true
+    tokens only takes each error for a detail and sharpens it.
+    """
+    null = tokens.new_full((len(tokens), 1), prior.config.null_token_id)
+    logits = prior(torch.cat([null, tokens[:, :-1]], 1), use_cache=False).logits
+    drawn = torch.distributions.Categorical(logits=logits.float()).sample()
+    share = torch.rand(len(tokens), 1, device=tokens.device) / 2
+    return torch.where(torch.rand(tokens.shape, device=tokens.device) < share, drawn, tokens)
+
+
+def one_cycle(share: float, rise: float) -> float:
+    """Learning rate over its largest, after this share of a training: up along a cosine until `rise`, then down."""
+    return (
+        (1 - math.cos(math.pi * share / rise)) / 2
+        if share < rise
+        else (1 + math.cos(math.pi * (share - rise) / (1 - rise))) / 2
+    )
 
 
 class Discriminator(nn.Module):
@@ -105,9 +134,9 @@ class Discriminator(nn.Module):
     harder, the enlarged image takes on a grain.
     """
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, width: int = 24):
         super().__init__()
-        widths = [2 * channels, 24, 48, 96, 128]
+        widths = [2 * channels, width, 2 * width, 4 * width, 16 * width // 3]
         kernels = [(3, 1, 1), *[(4, 2, 1)] * 3]  # size, stride, padding
         self.stages = nn.ModuleList(
             spectral_norm(nn.Conv2d(before, after, *kernel))
@@ -127,7 +156,7 @@ class Discriminator(nn.Module):
         verdict, found = self(images, beside)
         with torch.no_grad():
             wanted = self(true, beside)[1]
-        return -verdict.mean(), sum((F.l1_loss(a, b) for a, b in zip(found, wanted, strict=True)), torch.zeros(()))
+        return -verdict.mean(), torch.stack([F.l1_loss(a, b) for a, b in zip(found, wanted, strict=True)]).sum()
 
     def loss(self, images: torch.Tensor, true: torch.Tensor, beside: torch.Tensor) -> torch.Tensor:
         """What this network wants small."""
@@ -143,25 +172,34 @@ def main() -> None:
     parser.add_argument("--license", default="apache-2.0")
     parser.add_argument("--out", required=True)
     parser.add_argument("--codec", help="folder of the codec whose images are to be upscaled and mended")
+    parser.add_argument(
+        "--prior", help="folder of a public prior of that codec, to mend what it draws instead of the true"
+    )
     parser.add_argument("--start", help="folder of a network to go on from, whose shape it keeps; with --adversarial")
     parser.add_argument("--scale", type=int, default=2, choices=(2, 4))
     parser.add_argument("--channels", type=int, default=3, choices=(1, 3))
     parser.add_argument("--size", type=int, default=64, help="side of the training images in pixels")
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--steps", type=int, default=2_000)
+    parser.add_argument("--minutes", type=float, help="train so long instead, with rates that follow the clock")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--adversarial", type=float, default=0.0, help="weight of looking true; 0.1 is usual, 0 none")
-    parser.add_argument("--bf16", action="store_true", help="twice as fast on processors with AMX, slower on others")
+    parser.add_argument("--judge_width", type=int, default=24, help="channels of the judge's first stage")
+    parser.add_argument("--bf16", action="store_true", help="twice as fast on GPUs and processors with AMX")
     parser.add_argument("--features", type=int, default=32)
     parser.add_argument("--num_blocks", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     if arguments.start and not arguments.adversarial:
         parser.error(f"--start {arguments.start} without --adversarial: give the weight of looking true, 0.1 is usual.")
+    if arguments.prior and not arguments.codec:
+        parser.error(f"--prior {arguments.prior} without --codec: give the codec whose tokens it draws.")
     torch.manual_seed(arguments.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    codec = AutoModelForCausalLM.from_pretrained(arguments.codec).codec if arguments.codec else None
+    codec = AutoModelForCausalLM.from_pretrained(arguments.codec).codec.to(device) if arguments.codec else None
+    prior = AutoModelForCausalLM.from_pretrained(arguments.prior).to(device).eval() if arguments.prior else None
 
     def coarse(target: torch.Tensor) -> torch.Tensor:
         return F.avg_pool2d(target, arguments.scale) if codec is None else codec.decode(codec.encode(target))
@@ -169,6 +207,8 @@ def main() -> None:
     def shown(target: torch.Tensor, step: int) -> torch.Tensor:
         """What the network is to enlarge at this step."""
         if codec is None or step % 4 < 2:
+            if codec is not None and prior is not None and step % 4 == 1:
+                return codec.decode(redrawn(prior, codec.encode(target)))
             return coarse(target)
         block = arguments.size // codec.config.coarse_size
         return F.avg_pool2d(target, block if step % 4 == 2 else 2 * block)
@@ -181,47 +221,51 @@ def main() -> None:
     else:
         shape = {"features": arguments.features, "num_blocks": arguments.num_blocks}
         model = SpectralSuperResolution(SpectralSuperResolutionConfig(**task, **shape))
-    images = torch.from_numpy(public_images(arguments)).permute(0, 3, 1, 2).contiguous()
+    images = torch.from_numpy(public_images(arguments)).permute(0, 3, 1, 2).contiguous().to(device)
     held_out = max(1, min(200, len(images) // 10))
     test, images = images[:held_out].float() / 127.5 - 1, images[held_out:]
-    judge = Discriminator(arguments.channels) if arguments.adversarial else None
+    judge = Discriminator(arguments.channels, arguments.judge_width) if arguments.adversarial else None
     for network in (model, *([judge] if judge else [])):
-        network.to(memory_format=torch.channels_last)  # on a CPU 1.15 times as fast
-    # Steps before the judge is asked: by absolute error alone, or of the judge alone where the network knows its task.
-    warm = arguments.steps // (40 if arguments.start else 10)
-    learns_from, judge_from = (warm, 0) if arguments.start else (0, warm - 50)
+        network.to(device, memory_format=torch.channels_last)  # on a CPU 1.15 times as fast
+    # Share of the training before the judge is asked: by absolute error alone, or of the judge alone where the network
+    # knows its task.
+    warm = 1 / (40 if arguments.start else 10)
+    learns_from, judge_from = (warm, 0.0) if arguments.start else (0.0, 0.9 * warm)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=arguments.learning_rate, betas=(0.5, 0.99) if judge else (0.9, 0.999)
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, arguments.learning_rate, arguments.steps - learns_from + 1, pct_start=0.1 if arguments.start else 0.3
     )
     judging = torch.optim.Adam(judge.parameters(), lr=4e-4, betas=(0.5, 0.99)) if judge else None
     average = copy.deepcopy(model) if judge else model  # adversarial training goes round in circles
     source = batches(images, arguments.batch_size, torch.Generator().manual_seed(arguments.seed), codec is None)
-    progress = tqdm(range(arguments.steps), "training")
+    progress = tqdm(itertools.count(), "training", total=None if arguments.minutes else arguments.steps)
+    began, steps = time.monotonic(), 0
     for step in progress:
+        share = (time.monotonic() - began) / (60 * arguments.minutes) if arguments.minutes else step / arguments.steps
+        if share >= 1:
+            break
+        steps = step + 1
+        for group in optimizer.param_groups:
+            group["lr"] = arguments.learning_rate * one_cycle(share, 0.1 if arguments.start else 0.3)
         target = next(source).contiguous(memory_format=torch.channels_last)
         if codec is None and step % 4 == 3 and arguments.size % (2 * arguments.scale) == 0:
             target = F.avg_pool2d(target, 2)  # the network also meets images half as large
         small, side = shown(target, step), target.shape[-1]
-        with torch.autocast("cpu", torch.bfloat16, enabled=arguments.bf16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=arguments.bf16):
             enlarged = upscale_to(side, model, small).float()
             loss = error = F.l1_loss(enlarged, target)
             beside = F.interpolate(small, (side, side))
-            if judge and step >= warm:
+            if judge and share >= warm:
                 judge.requires_grad_(False)  # it learns from its own loss below
                 false, unlike = judge.of_enlarged(enlarged, target, beside)
                 loss = error + arguments.adversarial * false + unlike / 2
-        if step >= learns_from:
+        if share >= learns_from:
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            schedule.step()
-        if judge and judging and step >= judge_from:
+        if judge and judging and share >= judge_from:
             judge.requires_grad_(True)
-            with torch.autocast("cpu", torch.bfloat16, enabled=arguments.bf16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=arguments.bf16):
                 wrong = judge.loss(enlarged, target, beside)
             judging.zero_grad()
             wrong.backward()
@@ -229,7 +273,7 @@ def main() -> None:
         if judge:
             with torch.no_grad():
                 for mean, weight in zip(average.parameters(), model.parameters(), strict=True):
-                    mean.lerp_(weight, 0.01 if step > warm else 1.0)
+                    mean.lerp_(weight, 0.01 if share > warm else 1.0)
         if step % 50 == 0:
             progress.set_postfix(l1=f"{error.item():.4f}")
     model = average
@@ -259,6 +303,8 @@ def main() -> None:
         channels=arguments.channels,
         size=arguments.size,
         license=arguments.license,
+        steps=steps,
+        batch_size=arguments.batch_size,
         parameters=model.num_parameters(),
         promise="Averaging its output over blocks gives back its input exactly."
         if codec is None

@@ -229,8 +229,9 @@ class Book:
                 self._add_tied_term(table, precise(self._inputs[key]), precise(head))
         total = _twice_and_once(*self._squares, self.batch_size).clamp_min(0)
         # A square's relative error is twice the norm's: the whole slack here is half of it there.
-        rounding = 4 * self._eps * _twice_and_once(*self._sizes, self.batch_size)
-        total = total + (rounding - SLACK * total).clamp_min(0)
+        if any(self._sizes):
+            rounding = 4 * self._eps * _twice_and_once(*self._sizes, self.batch_size)
+            total = total + (rounding - SLACK * total).clamp_min(0)
         return total.sqrt()
 
     @torch.no_grad()
@@ -320,11 +321,8 @@ class Book:
 
 def _twice_and_once(twice: list[Tensor], once: list[Tensor], batch_size: int) -> Tensor:
     """(B,) float64: the sum of (B,) tensors, those of the first list counted twice."""
-    total = torch.zeros(batch_size, dtype=torch.float64)
-    for factor, tensors in ((2, twice), (1, once)):
-        if tensors:
-            total = total.to(tensors[0].device) + factor * torch.stack([each.double() for each in tensors]).sum(0)
-    return total
+    parts = [factor * each.double() for factor, tensors in ((2, twice), (1, once)) for each in tensors]
+    return torch.stack(parts).sum(0) if parts else torch.zeros(batch_size, dtype=torch.float64)
 
 
 class _Weighted:

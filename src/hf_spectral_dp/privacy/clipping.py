@@ -3,7 +3,8 @@
 Exact for the layers that `recording` knows, and for all others by `fallback`: no bound takes the place of a norm.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -120,9 +121,15 @@ class PerExampleClipper:
             for name, parameter in self.parameters.items()
         }
 
-    def _full_precision(self) -> torch.autocast:
-        """Autocast, if the caller is inside one, ends with the losses: it would round norms and sums."""
-        return torch.autocast(next(iter(self.parameters.values())).device.type, enabled=False)
+    @contextmanager
+    def _full_precision(self) -> Iterator[None]:
+        """Ends what would round norms and sums: autocast, and products of float32 in TensorFloat-32 or bfloat16.
+
+        Such products are off by a thousandth, of which `Book` would know nothing. Half precision in a forward pass
+        rounds a gradient before it is noted, which is harmless: norm and sum then speak of the same rounded one.
+        """
+        with torch.autocast(next(iter(self.parameters.values())).device.type, enabled=False), exact_products():
+            yield
 
     def _record(self, losses: Callable[[], Tensor], batch_size: int) -> Book:
         """One forward and one backward pass."""
@@ -153,6 +160,31 @@ class PerExampleClipper:
             self._recorder.shares_inputs = False
             return self._record(losses, batch_size)
         return book
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Products of float32 matrices in float32, whatever `torch.set_float32_matmul_precision`, or `tf32` of a Trainer,
+    had asked for; what was asked for holds again afterwards."""
+    backends: Any = [backend.matmul for backend in (torch.backends.cuda, torch.backends.mkldnn)]
+    if not hasattr(backends[0], "fp32_precision"):  # torch before 2.9
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return
+    asked = [(backend, backend.fp32_precision) for backend in backends]
+    rounding = [(backend, how) for backend, how in asked if how not in ("none", "ieee")]
+    inherited: Any = getattr(torch.backends, "fp32_precision", None)
+    for backend, _ in rounding:
+        backend.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for backend, how in rounding:
+            backend.fp32_precision = "none" if how == inherited else how
 
 
 def _reduce_scatter(total: Tensor | None, parameter: Any) -> Tensor:
