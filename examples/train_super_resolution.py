@@ -206,12 +206,12 @@ def main() -> None:
 
     def shown(target: torch.Tensor, step: int) -> torch.Tensor:
         """What the network is to enlarge at this step."""
+        if codec is not None and prior is not None and step % 2:
+            return codec.decode(redrawn(prior, codec.encode(target)))
         if codec is None or step % 4 < 2:
-            if codec is not None and prior is not None and step % 4 == 1:
-                return codec.decode(redrawn(prior, codec.encode(target)))
             return coarse(target)
         block = arguments.size // codec.config.coarse_size
-        return F.avg_pool2d(target, block if step % 4 == 2 else 2 * block)
+        return F.avg_pool2d(target, 2 * block if (step % 8 > 4 if prior is not None else step % 4 == 3) else block)
 
     task = {"num_channels": arguments.channels, "scale": arguments.scale, "keep_average": codec is None}
     if arguments.start:

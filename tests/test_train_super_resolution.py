@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import sequences, tiny_model, wild
 from PIL import Image
 from transformers import AutoModelForImageToImage
 
@@ -50,6 +51,37 @@ def test_squares_are_whole_images_and_parts_of_any_sharpness(side):
     contrasts = [np.abs(np.diff(square.astype(float), axis=1)).mean() for square in squares]
     assert min(contrasts) < 0.6 * max(contrasts)
     assert {square.shape for square in squares} == {(16, 16, 3)} and squares[0].dtype == np.uint8
+
+
+def test_redrawn_tokens_are_the_priors_where_they_differ():
+    """Up to half of an image's tokens are others, all of them legal where they stand, and likelier than chance."""
+    prior = wild(tiny_model(), 0.3)
+    tokens = sequences(prior, 400)[:, 1:]
+    torch.manual_seed(0)
+    drawn = train_super_resolution.redrawn(prior, tokens)
+    prior.decode(drawn)  # refuses a token of another scale
+    changed = (drawn != tokens).float()
+    assert 0.1 < changed.mean() < 0.25  # a quarter is drawn anew, and a part of that is the same again
+    assert changed.mean(1).max() <= 0.75 and changed.mean(1).min() == 0
+    null = tokens.new_full((len(tokens), 1), prior.config.null_token_id)
+    logits = prior(torch.cat([null, tokens[:, :-1]], 1), use_cache=False).logits.log_softmax(-1)
+    new = changed.bool()
+    likely = logits.gather(2, drawn[..., None])[..., 0][new].mean()
+    assert likely > logits.gather(2, tokens[..., None])[..., 0][new].mean() + 0.1
+
+
+@pytest.mark.parametrize("rise", [0.1, 0.3])
+def test_learning_rates_rise_and_end_at_zero(rise):
+    rates = [train_super_resolution.one_cycle(share, rise) for share in np.linspace(0, 1, 101)]
+    assert rates[0] == 0 and max(rates) == pytest.approx(1) and rates[-1] == pytest.approx(0)
+    assert np.argmax(rates) == round(100 * rise) and np.sum(np.diff(np.sign(np.diff(rates))) != 0) <= 2
+
+
+def test_a_prior_needs_its_codec(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["x", "--public", "p", "--out", "o", "--prior", "some/prior"])
+    with pytest.raises(SystemExit):
+        train_super_resolution.main()
+    assert "--prior some/prior without --codec" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("adversarial", ["0", "0.1"])

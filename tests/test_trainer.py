@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from hf_spectral_dp import DPTrainer, DPTrainingArguments
+from hf_spectral_dp import DPTrainer, DPTrainingArguments, privacy_report
 from hf_spectral_dp.privacy.ledger import LedgerError, read_ledger
 from hf_spectral_dp.trainer import LEDGER
 
@@ -53,6 +53,22 @@ def test_a_run_spends_its_budget_and_reports_it(tmp_path):
     ledger = read_ledger(tmp_path / LEDGER)
     assert ledger["charged"] == 6 and ledger["head"] == report["accounting"]["ledger"]["head"]
     json.dumps(report, allow_nan=False)
+
+
+def test_a_run_from_a_source_folder_keeps_its_report(tmp_path, monkeypatch):
+    """The budget is spent by then: that the package is not installed is no reason to lose what was proven."""
+    known = privacy_report.metadata.version
+
+    def version(name: str) -> str:
+        if name == "hf_spectral_dp":
+            raise privacy_report.metadata.PackageNotFoundError(name)
+        return known(name)
+
+    trainer = DPTrainer(tiny_model(), arguments(tmp_path), Rows())
+    trainer.train()
+    monkeypatch.setattr(privacy_report.metadata, "version", version)
+    software = {entry["name"]: entry["version"] for entry in trainer.privacy_report()["software"]}
+    assert software["hf_spectral_dp"] == "not installed" and software["torch"] == torch.__version__
 
 
 def test_without_noise_the_step_is_the_clipped_mean(tmp_path, monkeypatch):
