@@ -22,7 +22,7 @@ import copy
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -103,17 +103,19 @@ def batches(images: torch.Tensor, batch_size: int, generator: torch.Generator, m
 
 
 @torch.no_grad()
-def redrawn(prior: SpectralTokenizerForCausalLM, tokens: torch.Tensor) -> torch.Tensor:
-    """Tokens (B, T), up to half of those of an image drawn anew by the prior, each given the true ones before it.
+def redrawn(prior: SpectralTokenizerForCausalLM, tokens: torch.Tensor, temperature: Sequence[float]) -> torch.Tensor:
+    """Tokens (B, T) whose details are what the prior draws at a temperature per scale, each given the true ones before.
 
-    A model that samples is wrong here and there, one that was trained with noise more often; a network that saw true
-    tokens only takes each error for a detail and sharpens it.
+    A model that takes nearly the likeliest details shows smoother images than any photo's tokens do. The coarsest scale
+    stays, so that the true image is still what is to be found.
     """
+    layout = prior.config.layout
     null = tokens.new_full((len(tokens), 1), prior.config.null_token_id)
-    logits = prior(torch.cat([null, tokens[:, :-1]], 1), use_cache=False).logits
-    drawn = torch.distributions.Categorical(logits=logits.float()).sample()
-    share = torch.rand(len(tokens), 1, device=tokens.device) / 2
-    return torch.where(torch.rand(tokens.shape, device=tokens.device) < share, drawn, tokens)
+    logits = prior(torch.cat([null, tokens[:, :-1]], 1), use_cache=False).logits.float()
+    sharper = logits / logits.new_tensor([temperature[index] for index in layout.scale_of_position])[:, None]
+    drawn = torch.distributions.Categorical(logits=sharper).sample()
+    kept = layout.scales[0].tokens
+    return torch.cat([tokens[:, :kept], drawn[:, kept:]], 1)
 
 
 def one_cycle(share: float, rise: float) -> float:
@@ -172,9 +174,8 @@ def main() -> None:
     parser.add_argument("--license", default="apache-2.0")
     parser.add_argument("--out", required=True)
     parser.add_argument("--codec", help="folder of the codec whose images are to be upscaled and mended")
-    parser.add_argument(
-        "--prior", help="folder of a public prior of that codec, to mend what it draws instead of the true"
-    )
+    parser.add_argument("--prior", help="folder of a public prior of that codec, whose details are to be mended too")
+    parser.add_argument("--temperature", type=float, nargs="+", default=[1.0, 0.3, 0.1], help="of these, per scale")
     parser.add_argument("--start", help="folder of a network to go on from, whose shape it keeps; with --adversarial")
     parser.add_argument("--scale", type=int, default=2, choices=(2, 4))
     parser.add_argument("--channels", type=int, default=3, choices=(1, 3))
@@ -200,6 +201,8 @@ def main() -> None:
 
     codec = AutoModelForCausalLM.from_pretrained(arguments.codec).codec.to(device) if arguments.codec else None
     prior = AutoModelForCausalLM.from_pretrained(arguments.prior).to(device).eval() if arguments.prior else None
+    if prior is not None and len(arguments.temperature) != (scales := len(prior.config.layout.scales)):
+        parser.error(f"--temperature {arguments.temperature} for a prior of {scales} scales; give one for each.")
 
     def coarse(target: torch.Tensor) -> torch.Tensor:
         return F.avg_pool2d(target, arguments.scale) if codec is None else codec.decode(codec.encode(target))
@@ -207,7 +210,7 @@ def main() -> None:
     def shown(target: torch.Tensor, step: int) -> torch.Tensor:
         """What the network is to enlarge at this step."""
         if codec is not None and prior is not None and step % 2:
-            return codec.decode(redrawn(prior, codec.encode(target)))
+            return codec.decode(redrawn(prior, codec.encode(target), arguments.temperature))
         if codec is None or step % 4 < 2:
             return coarse(target)
         block = arguments.size // codec.config.coarse_size
@@ -292,8 +295,10 @@ def main() -> None:
     model.eval()
     model.save_pretrained(arguments.out)
     given = {name: value for name, value in vars(arguments).items() if name != "out"}
+    if prior is None:
+        del given["temperature"]
     words = (
-        f"--{name}" if value is True else f"--{name} {value}"
+        f"--{name}" if value is True else f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
         for name, value in given.items()
         if value is not None and value is not False
     )

@@ -23,13 +23,16 @@ def saved(tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_files_are_the_images_of_the_pipeline(saved, tmp_path, capsys):
-    options = ["--class_labels", "3", "7", "--num_images", "2", "--seed", "5", "--temperature", "0.7", "--top_p", "0.9"]
+@pytest.mark.parametrize("temperature", [0.7, [1.0, 0.5, 0.1]])
+def test_the_files_are_the_images_of_the_pipeline(saved, tmp_path, capsys, temperature):
+    given = ["--temperature", *map(str, temperature if isinstance(temperature, list) else [temperature])]
+    options = ["--class_labels", "3", "7", "--num_images", "2", "--seed", "5", *given, "--top_p", "0.9"]
     assert main(["generate", str(saved), "--out", str(tmp_path / "out" / "deep"), *options]) == 0
     assert "4 images in" in capsys.readouterr().out
     generator = torch.Generator().manual_seed(5)
     pipeline = DPSpectralPipeline.from_pretrained(saved)
-    expected = pipeline(class_labels=[3, 7], num_images=2, generator=generator, temperature=0.7, top_p=0.9).images
+    how = {"num_images": 2, "generator": generator, "temperature": temperature, "top_p": 0.9}
+    expected = pipeline(class_labels=[3, 7], **how).images
     names = ["00000_label3.png", "00001_label3.png", "00002_label7.png", "00003_label7.png"]
     assert sorted(path.name for path in (tmp_path / "out" / "deep").iterdir()) == [*names, "grid.png"]
     for name, image in zip(names, expected, strict=True):

@@ -60,6 +60,21 @@ def test_logits_of_foreign_codes_are_the_lowest_value(model):
         assert (logits[:, position, own].abs() < 1e3).all()
 
 
+def test_each_scale_has_a_temperature_of_its_own(model):
+    """Details near zero: varied coarse tokens, for each of them the likeliest details. One number is one for all."""
+    labels = torch.zeros(40, dtype=torch.long)
+
+    def draw(temperature):
+        return model.sample(labels, temperature=temperature, generator=torch.Generator().manual_seed(2))
+
+    tokens = draw([1.0, 1e-6, 1e-6])
+    assert len({tuple(row) for row in tokens[:, :4].tolist()}) > 5
+    start = model.start_tokens(labels)
+    logits = model(torch.cat([start[:, None], tokens[:, :-1]], 1), use_cache=False).logits
+    assert torch.equal(logits.argmax(-1)[:, 4:], tokens[:, 4:])
+    assert torch.equal(draw([0.7] * 3), draw(0.7)) and not torch.equal(draw([0.7, 0.7, 5.0]), draw(0.7))
+
+
 @pytest.mark.parametrize("temperature", [1e-37, 1e-10, 0.7, 1e3, 1e30, 1e38, float("inf")])
 @pytest.mark.parametrize("guidance_scale", [1.0, 0.0, -2.0, 3.0, 1e30])
 def test_samples_are_legal_for_every_setting(model, temperature, guidance_scale):
@@ -390,6 +405,8 @@ def test_accumulated_batches_of_the_plain_trainer_equal_one_batch(tmp_path):
         ({"num_samples": 1, "temperature": 0.0}, "temperature=0.0 must be > 0"),
         ({"num_samples": 1, "temperature": -1.0}, "temperature=-1.0"),
         ({"num_samples": 1, "temperature": float("nan")}, "temperature=nan"),
+        ({"num_samples": 1, "temperature": [1.0, 0.5]}, "or 3 of them, one per scale"),
+        ({"num_samples": 1, "temperature": [1.0, 0.5, 0.0]}, r"temperature=\[1.0, 0.5, 0.0\] must be > 0"),
         ({"num_samples": 1, "top_p": 0.0}, r"top_p=0.0 in \(0, 1\]"),
         ({"num_samples": 1, "top_p": 1.1}, "top_p=1.1"),
         ({"num_samples": 1, "top_p": float("nan")}, "top_p=nan"),

@@ -301,8 +301,8 @@ def test_parts_that_do_not_fit_are_refused():
 @pytest.mark.parametrize("super_resolution", [None, network, swin])
 def test_what_is_saved_is_what_is_loaded(tmp_path, super_resolution):
     pipe = pipeline(
-        pad=2, super_resolution=super_resolution and super_resolution(), guidance_scale=1.5, temperature=0.8, top_k=4,
-        attempts=2,
+        pad=2, super_resolution=super_resolution and super_resolution(), guidance_scale=1.5,
+        temperature=[0.8, 0.3], top_k=4, attempts=2,
     )  # fmt: skip
     upscaling = "model" if super_resolution else "lanczos"
     expected = pipe(class_labels=[1, 2], num_images=2, generator=seeded(), upscaling=upscaling).images
@@ -311,7 +311,7 @@ def test_what_is_saved_is_what_is_loaded(tmp_path, super_resolution):
     again.set_progress_bar_config(disable=True)
     assert again(class_labels=[1, 2], num_images=2, generator=seeded(), upscaling=upscaling).images == expected
     names = ("guidance_scale", "temperature", "top_k", "top_p", "attempts")
-    assert [again.config[name] for name in names] == [1.5, 0.8, 4, 1.0, 2]
+    assert [again.config[name] for name in names] == [1.5, [0.8, 0.3], 4, 1.0, 2]
     assert type(again.super_resolution) is type(pipe.super_resolution)
 
 

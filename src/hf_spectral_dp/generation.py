@@ -34,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--negative_prompt", nargs="+", help="what not to draw: one text for all prompts, or one each")
     parser.add_argument("--num_images", type=int, default=4, help="images per label or prompt; in all without either")
     parser.add_argument("--guidance_scale", type=float, help="above 1: closer to the label or prompt, less variety")
-    parser.add_argument("--temperature", type=float, help="below 1: the likelier images, less variety")
+    parser.add_argument(
+        "--temperature", type=float, nargs="+", help="below 1: likelier images, less variety; one, or one per scale"
+    )
     parser.add_argument("--top_k", type=int, help="draw every token among the k likeliest; 0 means among all")
     parser.add_argument("--top_p", type=float, help="draw every token among the likeliest that hold this probability")
     parser.add_argument("--seed", type=int, help="the same seed and batch size give the same images; default random")
@@ -66,14 +68,14 @@ def generate_files(arguments: argparse.Namespace) -> list[Path]:
         labels = list(range(pipe.model.config.num_classes)) or None
     generator = torch.Generator(arguments.device)
     generator.seed() if arguments.seed is None else generator.manual_seed(arguments.seed)
-    negative = arguments.negative_prompt
+    negative, temperature = arguments.negative_prompt, arguments.temperature
     images = pipe(
         arguments.prompt,
         labels,
         arguments.num_images,
         negative_prompt=negative[0] if negative and len(negative) == 1 else negative,
         guidance_scale=arguments.guidance_scale,
-        temperature=arguments.temperature,
+        temperature=temperature[0] if temperature and len(temperature) == 1 else temperature,
         top_k=arguments.top_k,
         top_p=arguments.top_p,
         generator=generator,

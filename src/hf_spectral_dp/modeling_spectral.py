@@ -7,7 +7,7 @@ classifier-free guidance.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -250,7 +250,7 @@ class SpectralTokenizerForCausalLM(HubModel, PreTrainedModel, GenerationMixin):
         class_labels: Tensor | None = None,
         num_samples: int | None = None,
         guidance_scale: float = 1.0,
-        temperature: float = 1.0,
+        temperature: float | Sequence[float] = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
         generator: torch.Generator | None = None,
@@ -265,7 +265,8 @@ class SpectralTokenizerForCausalLM(HubModel, PreTrainedModel, GenerationMixin):
         Args:
             class_labels: LongTensor (B,); None samples by text, or without condition (then `num_samples`).
             guidance_scale: classifier-free guidance w; logits = null + w * (conditional - null). 1 is plain sampling.
-            temperature: divides the logits; above 0.
+            temperature: divides the logits; above 0. One for all scales, or one per scale, coarse to fine: variety is
+                a matter of the coarse tokens, and details are best taken nearly as the likeliest ones.
             top_k: keep the k likeliest codes; 0 keeps all. top_p: keep the smallest set with this mass, in (0, 1].
             generator: for reproducible samples, on the model's device.
             num_tokens: stop early, for a coarser image; default the whole `layout.length`.
@@ -286,8 +287,9 @@ class SpectralTokenizerForCausalLM(HubModel, PreTrainedModel, GenerationMixin):
         length = self.config.layout.length if num_tokens is None else num_tokens
         if not 0 <= length <= self.config.layout.length:
             raise ValueError(f"num_tokens={num_tokens} must be in [0, {self.config.layout.length}].")
-        if not temperature > 0 or not 0 < top_p <= 1 or top_k < 0:
-            raise ValueError(f"temperature={temperature} must be > 0, top_p={top_p} in (0, 1], top_k={top_k} >= 0.")
+        temperatures = self._temperatures(temperature)
+        if not 0 < top_p <= 1 or top_k < 0:
+            raise ValueError(f"sampling needs top_p={top_p} in (0, 1], top_k={top_k} >= 0.")
         self._check_condition(class_labels, text_states, negative_text_states, guidance_scale)
         if attempts < 1 or (attempts > 1 and (class_labels is None or 0 < length < self.config.layout.length)):
             raise ValueError(f"attempts={attempts} must be at least 1; more need class_labels and all tokens.")
@@ -316,7 +318,7 @@ class SpectralTokenizerForCausalLM(HubModel, PreTrainedModel, GenerationMixin):
             if guided:
                 conditional, null = logits.chunk(2)
                 logits = null + guidance_scale * (conditional - null)
-            logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+            logits = (logits - logits.amax(-1, keepdim=True)) / temperatures[index]
             chosen = draw(logits, top_k, top_p, generator) + scale.first_id
             tokens.append(chosen)
             current = chosen.repeat(2) if guided else chosen
@@ -349,6 +351,16 @@ class SpectralTokenizerForCausalLM(HubModel, PreTrainedModel, GenerationMixin):
         rows = [torch.cat([torch.full_like(tokens[:, :1], start), tokens], 1) for start in self.config.class_token_ids]
         losses = torch.stack([self.per_example_loss(some) for some in rows], 1)
         return (-losses.float() * self.config.layout.length).softmax(1)
+
+    def _temperatures(self, given: float | Sequence[float]) -> list[float]:
+        """One per scale."""
+        scales = len(self.config.layout.scales)
+        found = [given] * scales if isinstance(given, (int, float)) else list(given)
+        if len(found) != scales or not all(each > 0 for each in found):
+            raise ValueError(
+                f"temperature={given} must be > 0: one number, or {scales} of them, one per scale, coarse to fine."
+            )
+        return found
 
     def _check_condition(
         self, class_labels: Tensor | None, text: Tensor | None, negative_text: Tensor | None, guidance_scale: float
