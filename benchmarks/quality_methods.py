@@ -30,13 +30,14 @@ class TokenGenerator:
     `config` says which tokens: with all scales it is ours; with one scale of single coefficients it has one token per
     pixel of a small image. `enlarge` 2 shows the codec every pixel as a block of 2 x 2, whose Haar approximation band
     is the image itself: patches of pixels in raster order, the way of models without wavelets. `attempts`: how often
-    images that the model itself takes for another class are drawn again; `temperature` divides the logits; see
-    `SpectralTokenizerForCausalLM.sample`.
+    images that the model itself takes for another class are drawn again; `temperature` divides the logits, one for all
+    scales or one for each; see `SpectralTokenizerForCausalLM.sample`.
     """
 
     def __init__(self, model: SpectralTokenizerForCausalLM, upscaler: Upscaler, enlarge: int = 1):
         self.model, self.upscaler, self.enlarge = model, upscaler, enlarge
-        self.attempts, self.temperature = 1, 1.0
+        self.attempts = 1
+        self.temperature: float | list[float] = 1.0
 
     @classmethod
     def from_public_images(cls, config: SpectralConfig, images: Tensor, upscaler: Upscaler, enlarge: int = 1):
@@ -68,8 +69,11 @@ class TokenGenerator:
     def sample(self, labels: Tensor, generator: torch.Generator) -> Tensor:
         """Full-size images (N, C, S, S) in [-1, 1] of class labels; the generator is on the model's device."""
         self.model.eval()
-        how = {"attempts": self.attempts, "temperature": self.temperature}
-        draws = (self.model.sample(some, generator=generator, **how) for some in labels.split(500))
+        attempts, temperature = self.attempts, self.temperature
+        draws = (
+            self.model.sample(some, generator=generator, attempts=attempts, temperature=temperature)
+            for some in labels.split(500)
+        )
         return torch.cat([self.upscaler(self.model.decode(tokens)).cpu() for tokens in draws])
 
     def name_classes(self) -> None:
