@@ -183,6 +183,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--steps", type=int, default=2_000)
     parser.add_argument("--minutes", type=float, help="train so long instead, with rates that follow the clock")
+    parser.add_argument("--save_steps", type=int, help="save what there is after every so many steps, as OUT-1000, ...")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--adversarial", type=float, default=0.0, help="weight of looking true; 0.1 is usual, 0 none")
@@ -277,6 +278,8 @@ def main() -> None:
             with torch.no_grad():
                 for mean, weight in zip(average.parameters(), model.parameters(), strict=True):
                     mean.lerp_(weight, 0.01 if share > warm else 1.0)
+        if arguments.save_steps and steps % arguments.save_steps == 0:
+            average.save_pretrained(f"{arguments.out}-{steps}")
         if step % 50 == 0:
             progress.set_postfix(l1=f"{error.item():.4f}")
     model = average

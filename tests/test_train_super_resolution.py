@@ -118,9 +118,12 @@ def test_a_network_for_what_a_codec_makes_of_images(tmp_path, monkeypatch, adver
     else:  # a new judge, another folder; the steps in which the judge learns alone leave the network as it is
         given[given.index("--out") + 1] = str(tmp_path / "on")
         monkeypatch.setattr(sys, "argv", ["train_super_resolution.py", *given, "--start", str(tmp_path / "out")])
+        sys.argv += ["--save_steps", "40"]
         train_super_resolution.main()
+        kept = AutoModelForImageToImage.from_pretrained(tmp_path / "on-40")
         on = AutoModelForImageToImage.from_pretrained(tmp_path / "on").eval()
         changes = [(a - b).abs().max() for a, b in zip(network.parameters(), on.parameters(), strict=True)]
+        assert all(torch.equal(a, b) for a, b in zip(kept.parameters(), on.parameters(), strict=True))
         assert 0 < max(changes) < 0.5 and f"--start {tmp_path / 'out'}" in (tmp_path / "on" / "README.md").read_text()
 
 
