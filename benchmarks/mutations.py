@@ -25,7 +25,7 @@ class Mutant:
 
 
 MECHANISM, CLIPPING, SAMPLING = "privacy/mechanism.py", "privacy/clipping.py", "privacy/sampling.py"
-NOISE, TRAINER, BUDGET = "privacy/noise.py", "trainer.py", "privacy/budget.py"
+NOISE, TRAINER, BUDGET, BOOK = "privacy/noise.py", "trainer.py", "privacy/budget.py", "privacy/book.py"
 
 # The clipper's mutants use its public methods only: an example is weighted through its loss, with a clipping norm so
 # large that the real code leaves it alone. What is not finite stays the business of the real code.
@@ -395,6 +395,18 @@ MUTANTS = (
         appended=((TRAINER, _CHARGED_LATE),),
         killers=("test_trainer.py::test_no_noise_is_drawn_unless_it_was_paid_for",),
         quick=True,
+    ),
+    Mutant(
+        "norms in the reduced precision that was asked for",
+        replaced=((CLIPPING, "enabled=False), exact_products():", "enabled=False):"),),
+        killers=(
+            "test_clipping_precision.py::test_norms_and_sums_are_taken_in_full_float32_whatever_was_asked_for",
+        ),
+    ),
+    Mutant(
+        "rows of a weight that overlap count as two weights",
+        replaced=((BOOK, "if of is weight and start < last and first < end:", "if False:"),),
+        killers=("test_book.py::test_rows_that_share_entries_with_another_use_are_refused",),
     ),
     Mutant(
         "batches from a shuffled list",

@@ -19,9 +19,9 @@ epsilon inf are facts about private images that no guarantee covers.
 
 The sizes say how much is trained, and every row repeats it: "quick" shows that all of it runs; "small" gives every
 method the same number of private examples, for a quarter of an hour of one core; "photos" is the like for colour
-images, "objects" for images whose classes are to be told apart; "medium" takes a night, and "full" is for a
-GPU. Ours starts from the bundled public model where there is one; the others are trained on public images in the run,
-as the row says.
+images, "objects" for images whose classes are to be told apart; "medium" takes a night, and "full" and those that
+end in "-gpu" are for a GPU. Ours starts from the bundled public model where there is one; the others are trained on
+public images in the run, as the row says.
 
     python -m benchmarks.quality --dataset mnist --size medium --pipeline runs/mnist/pipeline
 

@@ -9,7 +9,7 @@ import torch
 import yaml
 from transformers import AutoModelForImageToImage
 
-from benchmarks.quality import SIZES, Folders, public_generator
+from benchmarks.quality import SIZES, Folders, photo_settings, public_generator, temperature
 from benchmarks.quality_data import IMAGE_SETS, check_public
 from benchmarks.quality_figures import coarse_distance
 from benchmarks.quality_methods import DiffusionGenerator, TokenGenerator, train_privately, train_publicly
@@ -171,3 +171,18 @@ def test_a_public_model_that_was_kept_is_found_with_its_codec(tmp_path):
         drawn = [generator.sample(labels, torch.Generator().manual_seed(0)) for generator in (made, found)]
         torch.testing.assert_close(*drawn)
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_schedules_fit_the_noise():
+    """At epsilon 1 no more steps than help, at a lower rate where they are more; the diffusion model keeps its own."""
+    settings = {(e, n): photo_settings("ours", e, n) for e in (1.0, 10.0) for n in (60, 240)}
+    assert [settings[key]["max_steps"] for key in settings] == [60, 120, 60, 240]
+    assert [settings[key]["learning_rate"] for key in settings] == [0.3, 0.15, 0.5, 0.5]
+    assert "learning_rate" not in photo_settings("diffusion", 1.0, 60)
+
+
+@pytest.mark.parametrize("scales", [1, 2, 3, 4])
+def test_ours_has_a_temperature_per_scale(scales):
+    faces, grey = IMAGE_SETS["faces"], IMAGE_SETS["mnist"]
+    assert temperature("ours", faces, scales) == [1.0, 0.3, 0.1, 0.1][:scales]
+    assert temperature("pixels16", faces, 1) == temperature("ours", grey, scales) == 1.0
