@@ -110,8 +110,8 @@ def redrawn(prior: SpectralTokenizerForCausalLM, tokens: torch.Tensor, temperatu
     stays, so that the true image is still what is to be found.
     """
     layout = prior.config.layout
-    null = tokens.new_full((len(tokens), 1), prior.config.null_token_id)
-    logits = prior(torch.cat([null, tokens[:, :-1]], 1), use_cache=False).logits.float()
+    start = prior.start_tokens(None, len(tokens))[:, None]
+    logits = prior(torch.cat([start, tokens[:, :-1]], 1), use_cache=False).logits.float()
     sharper = logits / logits.new_tensor([temperature[index] for index in layout.scale_of_position])[:, None]
     drawn = torch.distributions.Categorical(logits=sharper).sample()
     kept = layout.scales[0].tokens
@@ -210,7 +210,7 @@ def main() -> None:
 
     def shown(target: torch.Tensor, step: int) -> torch.Tensor:
         """What the network is to enlarge at this step."""
-        if codec is not None and prior is not None and step % 2:
+        if prior is not None and step % 2:
             return codec.decode(redrawn(prior, codec.encode(target), arguments.temperature))
         if codec is None or step % 4 < 2:
             return coarse(target)
