@@ -222,6 +222,18 @@ def test_every_start_token_gives_its_own_distribution(model):
     assert distances.min() > 1e-3
 
 
+def test_scale_weights_say_how_much_the_tokens_of_a_scale_count(model):
+    rows = sequences(model, 5)
+    with torch.no_grad():
+        own = model(rows[:, :-1], targets=rows[:, 1:], use_cache=False).loss.view(5, 3, 4).mean(2)  # by scale
+        weighted = model.per_example_loss(rows, scale_weights=[1.0, 0.5, 0.25])
+        torch.testing.assert_close(weighted, (4 * own[:, 0] + 2 * own[:, 1] + own[:, 2]) / 7)
+        torch.testing.assert_close(model.per_example_loss(rows, scale_weights=[0.0, 3.0, 0.0]), own[:, 1])
+        torch.testing.assert_close(model.per_example_loss(rows, scale_weights=[2.0] * 3), model.per_example_loss(rows))
+        with pytest.raises(ValueError, match="3 scales; give one for each"):
+            model.per_example_loss(rows, scale_weights=[1.0, 1.0])
+
+
 def test_dropping_the_class_trains_the_null_token_only():
     """A row whose class is replaced by the null token leaves the embedding of its class untouched."""
     model = tiny_model()

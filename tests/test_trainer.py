@@ -71,13 +71,14 @@ def test_a_run_from_a_source_folder_keeps_its_report(tmp_path, monkeypatch):
     assert software["hf_spectral_dp"] == "not installed" and software["torch"] == torch.__version__
 
 
-def test_without_noise_the_step_is_the_clipped_mean(tmp_path, monkeypatch):
+@pytest.mark.parametrize("scale_weights", [None, [1.0, 0.5, 0.25]])
+def test_without_noise_the_step_is_the_clipped_mean(tmp_path, monkeypatch, scale_weights):
     """All rows in every batch, no noise: plain SGD on the mean of gradients clipped one by one."""
     model, rows = tiny_model(), Rows(9)
     expected = {name: p.detach().clone() for name, p in model.named_parameters()}
     for row in rows.rows:
         model.zero_grad()
-        model.per_example_loss(row[None]).sum().backward()
+        model.per_example_loss(row[None], scale_weights=scale_weights).sum().backward()
         norm = torch.sqrt(sum(p.grad.square().sum() for p in model.parameters() if p.grad is not None))
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
@@ -85,7 +86,7 @@ def test_without_noise_the_step_is_the_clipped_mean(tmp_path, monkeypatch):
     model.zero_grad()
     args = arguments(
         tmp_path, expected_batch_size=9, max_steps=1, clipping_norm=0.3, optim="sgd", learning_rate=0.5,
-        lr_scheduler_type="constant",
+        lr_scheduler_type="constant", scale_weights=scale_weights,
     )  # fmt: skip
     trainer = DPTrainer(model, args, rows)
     monkeypatch.setattr(trainer._noise, "add_", lambda tensors: None)
@@ -262,6 +263,8 @@ def test_low_rank_adapters_train_alone_and_merge(tmp_path):
         ({"micro_batch_size": 0}, "micro_batch_size=0"),
         ({"ema_decay": 1.0}, "ema_decay=1.0"),
         ({"public_interpolation": 0.0}, "public_interpolation=0.0"),
+        ({"scale_weights": [1.0, -0.5, 0.0]}, r"scale_weights=\[1.0, -0.5, 0.0\] must be finite, at least 0"),
+        ({"scale_weights": []}, r"scale_weights=\[\] must be"),
         ({"lora_rank": -1}, "lora_rank=-1"),
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps=2"),
         ({"eval_strategy": "steps", "eval_steps": 1}, "do_eval=True"),
@@ -280,6 +283,7 @@ def test_arguments_that_cannot_work_are_refused(tmp_path, changes, message):
     [
         ({"expected_batch_size": 61}, "expected_batch_size=61 is larger than the data, num_examples=60"),
         ({"target_delta": 0.1}, "delta=0.1"),
+        ({"scale_weights": [1.0, 0.5]}, "a model of 3 scales; give one for each"),
     ],
 )
 def test_arguments_that_do_not_fit_the_data_are_refused_before_it_is_read(tmp_path, changes, message):

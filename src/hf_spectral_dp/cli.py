@@ -5,11 +5,11 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 
 from .card import PrivacyCard
 from .generation import GENERATE, add_arguments, generate_files
+from .privacy_report import installed_version
 from .publication import fetch, strangers
 from .registry import registry_record, registry_yaml
 from .self_audit import AuditRow, audit_installation
@@ -181,8 +181,8 @@ def _audit(arguments: argparse.Namespace) -> int:
         print(f"    control, {row.control}: {row.quantity} >= {row.control_shown:.3f}, {caught}", flush=True)
     if arguments.out is not None:
         report = {
-            "hf_spectral_dp": metadata.version("hf_spectral_dp"),
-            "torch": metadata.version("torch"),
+            "hf_spectral_dp": installed_version("hf_spectral_dp"),
+            "torch": installed_version("torch"),
             "rows": [asdict(row) for row in rows],
         }
         arguments.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -196,16 +196,32 @@ class SpectralTokenizerForCausalLM(HubModel, PreTrainedModel, GenerationMixin):
         text_states = text_states.to(null.device, null.dtype)
         return torch.where((text_states != 0).any(-1, keepdim=True), self.text_projection(text_states), null)
 
-    def per_example_loss(self, input_ids: Tensor, text_states: Tensor | None = None) -> Tensor:
+    def per_example_loss(
+        self, input_ids: Tensor, text_states: Tensor | None = None, scale_weights: Sequence[float] | None = None
+    ) -> Tensor:
         """Mean negative log-likelihood per token, in nats, of each row (B, 1 + T): a Tensor (B,).
 
         The divisor is the public length T, so that the loss of one row never depends on another row.
 
+        Args:
+            scale_weights: one per scale, coarse to fine, for a weighted mean over the tokens; None: all alike.
+
         Raises:
             IndexError: a token that does not belong to the scale of its position (on a CPU; GPUs end the process).
+            ValueError: not one weight per scale.
         """
         rows, targets = input_ids[:, :-1], input_ids[:, 1:]
-        return self(rows, use_cache=False, text_states=text_states, targets=targets).loss.mean(1)
+        losses = self(rows, use_cache=False, text_states=text_states, targets=targets).loss
+        if scale_weights is None:
+            return losses.mean(1)
+        layout = self.config.layout
+        if len(scale_weights) != len(layout.scales):
+            raise ValueError(
+                f"scale_weights={list(scale_weights)} for a model of {len(layout.scales)} scales; give one for each,"
+                " coarse to fine."
+            )
+        weights = losses.new_tensor([scale_weights[index] for index in layout.scale_of_position])
+        return losses @ (weights / weights.sum())
 
     def _negative_log_likelihood(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """In nats, (B, t), of the first t tokens, from hidden states (B, t, hidden_size); 0 where a target is -100.

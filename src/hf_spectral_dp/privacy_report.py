@@ -174,19 +174,21 @@ def run_report(
             "The guarantee is that of real-valued Gaussian noise; computers add floating-point numbers.",
             "A card can be recomputed, but nobody can recompute from it that the training did what the record says.",
         ],
-        "software": [{"name": name, "version": _version(name)} for name in _SOFTWARE],
+        "software": [{"name": name, "version": installed_version(name)} for name in _SOFTWARE],
     }  # fmt: skip
     report["claim"] = {"statement": statement(report), **report["claim"]}
     return report
 
 
-def _version(package: str) -> str:
-    """Of an installed package. Code that runs from its source folder has none: no reason to lose the report of a run
-    whose budget is spent."""
+def installed_version(package: str) -> str:
+    """The version of an installed package; "not installed" for code that runs from its source folder.
+
+    That is no reason to lose the report of a run whose budget is spent.
+    """
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
 
 
-__all__ = ["SCHEMA_VERSION", "run_report", "statement"]
+__all__ = ["SCHEMA_VERSION", "installed_version", "run_report", "statement"]

@@ -9,7 +9,6 @@ import io
 import json
 from collections.abc import Mapping
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from .assessment import Assessment
 from .metrics.membership import auroc_limit_of
 from .metrics.memorisation import EVIDENCE, FLAG
 from .privacy.budget import deltas_of, event_from_dict
+from .privacy_report import installed_version
 from .whole_files import replace_files
 
 PAGE_NAME = "index.html"
@@ -107,7 +107,7 @@ def render_report(assessment: Assessment, card: Mapping[str, Any] | None, name: 
         limit=limit,
         evidence=EVIDENCE,
         flag=FLAG,
-        version=metadata.version("hf-spectral-dp"),
+        version=installed_version("hf-spectral-dp"),
     )
 
 

@@ -43,7 +43,8 @@ class DPTrainer(QuietTrainer):
     Args:
         model: a model with `per_example_loss(input_ids) -> (B,)`, such as `SpectralTokenizerForCausalLM`. Its weights
             must be public: they are what the guarantee starts from. With text, the loss takes `text_states` too, and a
-            share `model.config.text_dropout` of the rows of every step is shown without.
+            share `model.config.text_dropout` of the rows of every step is shown without. With `args.scale_weights` it
+            takes these as well.
         args: `DPTrainingArguments`.
         train_dataset: a `TokenStore`, or anything with `len`, `dataset[indices] -> {"input_ids": (b, 1 + T)}` and a
             `fingerprint`. One row is one privacy unit; with an attribute `units`, the unit of every row, a person is,
@@ -92,6 +93,7 @@ class DPTrainer(QuietTrainer):
         )
         if not hasattr(model, "per_example_loss"):
             raise ValueError(f"{type(model).__name__} has no per_example_loss(input_ids) -> (B,); give it one.")
+        _check_scale_weights(model, args.scale_weights)
         args.max_steps = self.plan.steps
         if args.lora_rank:
             targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -194,7 +196,9 @@ class DPTrainer(QuietTrainer):
 
     def _losses(self, model: Any, rows: dict[str, Tensor]) -> Tensor:
         with self.compute_loss_context_manager():
-            losses = model.per_example_loss(**{name: values.to(self.args.device) for name, values in rows.items()})
+            on_device = {name: values.to(self.args.device) for name, values in rows.items()}
+            weighted = {"scale_weights": self.args.scale_weights} if self.args.scale_weights else {}
+            losses = model.per_example_loss(**on_device, **weighted)
         self.note(losses)
         return losses
 
@@ -307,6 +311,16 @@ class DPTrainer(QuietTrainer):
                 "private_loss_logged": args.log_private_loss,
             },
             post_processing=post_processing,
+        )
+
+
+def _check_scale_weights(model: Any, scale_weights: list[float] | None) -> None:
+    """Raises ValueError unless there is one weight for each of the model's scales, or none at all."""
+    layout = getattr(getattr(model, "config", None), "layout", None)
+    scales = len(layout.scales) if layout is not None else 0
+    if scale_weights is not None and len(scale_weights) != scales:
+        raise ValueError(
+            f"scale_weights={scale_weights} for a model of {scales} scales; give one for each, coarse to fine."
         )
 
 

@@ -69,6 +69,13 @@ class DPTrainingArguments(TrainingArguments):
     micro_batch_size: int = field(
         default=128, metadata={"help": "Examples per forward pass and process; for memory and speed only."}
     )
+    scale_weights: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Weights of the scales in the loss of a row, coarse to fine, e.g. 1 0.5 0.25: where noise is what"
+            " limits, the coarse tokens are the ones worth the budget. None: all tokens alike."
+        },
+    )
     ema_decay: float = field(
         default=0.0, metadata={"help": "Decay of an exponential moving average of the weights; 0 is none. Free."}
     )
@@ -126,6 +133,10 @@ class DPTrainingArguments(TrainingArguments):
             )
         if self.micro_batch_size < 1:
             raise ValueError(f"micro_batch_size={self.micro_batch_size} must be at least 1.")
+        if self.scale_weights is not None and not (
+            all(0 <= weight < math.inf for weight in self.scale_weights) and sum(self.scale_weights) > 0
+        ):
+            raise ValueError(f"scale_weights={self.scale_weights} must be finite, at least 0, and not all 0.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay} must be in [0, 1); 0 switches averaging off.")
         if not 0 < self.public_interpolation <= 1:
