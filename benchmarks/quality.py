@@ -183,7 +183,7 @@ def temperature(method: str, images: ImageSet, scales: int) -> float | list[floa
 
 
 def scale_weights(scales: int) -> list[float]:
-    """Of the scales of ours in the loss of private training on colour images, coarse to fine.
+    """Of the scales of ours in the loss of private training on colour images whose classes matter, coarse to fine.
 
     On public pictograms, after private training at epsilon 1 and 10, of the weights that were tried these leave coarse
     images nearest to real ones at little cost to the details, which are drawn nearly as the likeliest.
@@ -325,7 +325,7 @@ def sources(
                 }
                 if images.channels == 3:
                     settings |= photo_settings(method, epsilon, size.steps)
-                    if method == "ours":
+                    if method == "ours" and size.classifier_steps:  # as for `attempts`
                         settings["scale_weights"] = scale_weights(len(base.model.config.layout.scales))
                 cost = train_privately(generator, rows, epsilon, DELTA, **settings)
             yield method, epsilon, generator.sample, before, cost
