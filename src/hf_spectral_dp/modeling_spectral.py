@@ -221,7 +221,7 @@ class SpectralTokenizerForCausalLM(HubModel, PreTrainedModel, GenerationMixin):
                 " coarse to fine."
             )
         weights = losses.new_tensor([scale_weights[index] for index in layout.scale_of_position])
-        return losses @ (weights / weights.sum())
+        return (losses * weights).sum(1) / weights.sum()  # no product of matrices, which autocast would round
 
     def _negative_log_likelihood(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """In nats, (B, t), of the first t tokens, from hidden states (B, t, hidden_size); 0 where a target is -100.
