@@ -227,17 +227,16 @@ def public_generator(
     pixels, labels = public
     side = images.size
     bundled = None if folders.codec is not None else BUNDLED.get(name)
+    trained_at = SpectralConfig.from_pretrained(CHECKPOINTS / bundled[0]).image_size if bundled else side
     if bundled and method == "ours":
         model = AutoModelForCausalLM.from_pretrained(CHECKPOINTS / bundled[0])
         network = AutoModelForImageToImage.from_pretrained(CHECKPOINTS / bundled[1]).to(device).eval()
         if model.config.num_classes != images.classes:
             model = model.with_classes(images.classes)
-        size_of_model = model.config.image_size
-        detailed = partial(upscaler, network, size_of_model, side)
-        return TokenGenerator(model.to(device), detailed, size_of_model // side), Cost(0.0, 0.0)
+        detailed = partial(upscaler, network, trained_at, side)
+        return TokenGenerator(model.to(device), detailed, trained_at // side), Cost(0.0, 0.0)
     known = CHECKPOINTS / bundled[2] if bundled else folders.super_resolution
     network = None if known is None else AutoModelForImageToImage.from_pretrained(known).to(device).eval()
-    trained_at = SpectralConfig.from_pretrained(CHECKPOINTS / bundled[0]).image_size if bundled else side
     enlarged = partial(upscaler, network, trained_at, side)
     kept = folders.keep / f"{name}_{method}_{size.public_steps}.pt" if folders.keep is not None else None
     found = kept is not None and kept.exists()
