@@ -9,8 +9,10 @@ super-resolution model, and writes to the config's `output` folder:
     tokens/      the token rows, as private as the images
     training/    checkpoints and the privacy ledger; keep them together and private
 
-With an `evaluation` section it also prints the accuracy on real test images of a classifier trained on the generated
-ones, beside its controls. All sections and fields are explained in examples/configs/demo.yaml.
+With a `critic` section, a small part of the budget goes into a critic that chooses public photos for each class, from
+which the public model learns the classes before private training begins; see warm_start.py. With an `evaluation`
+section it also prints the accuracy on real test images of a classifier trained on the generated ones, beside its
+controls. All sections and fields are explained in examples/configs/demo.yaml.
 """
 
 import argparse
@@ -24,6 +26,7 @@ import yaml
 from accelerate import PartialState
 from controls import compare, real_images
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageToImage
+from warm_start import NOTE, critic_arguments, taught
 
 from hf_spectral_dp import DPSpectralPipeline, DPTrainer, DPTrainingArguments, PrivacyCard
 from hf_spectral_dp.generation import image_grid
@@ -40,6 +43,8 @@ FIELDS = {
     | {"caption_column", "caption_files"},
     "model": {"prior", "prior_source", "super_resolution", "super_resolution_source", "num_classes"}
     | {"text_encoder", "text_encoder_source", "max_text_tokens"},
+    "critic": {"target_epsilon", "public", "public_split", "public_source", "extractor", "share", "max_steps"}
+    | {"learning_rate", "micro_batch_size", "public_steps"},
     "training": set(DPTrainingArguments.__dataclass_fields__) - {"output_dir"},
     "sampling": set(SAMPLING_VALUES),
     "card": {"license", "hyperparameter_tuning", "tuning_data", "outside_guarantee", "prompts", "contact"},
@@ -74,6 +79,11 @@ def read_config(path: str) -> dict[str, Any]:
         raise ValueError(f"{path} lacks {', '.join(missing)}; a model with text needs all of {', '.join(needed)}.")
     if not missing and config["evaluation"]:
         raise ValueError(f"{path}: evaluation trains classifiers on class labels, which a model with text has none of.")
+    if critic := config["critic"]:
+        if missing := {"target_epsilon", "public", "public_source"} - set(critic):
+            raise ValueError(f"{path}: critic lacks {sorted(missing)}; examples/configs/cifar10.yaml explains them.")
+        if not config["data"].get("label_column"):
+            raise ValueError(f"{path}: a critic tells classes apart, and data.label_column names none.")
     return config
 
 
@@ -123,6 +133,13 @@ def main() -> None:
         if getattr(arguments, name) is not None:
             config["training"][name] = getattr(arguments, name)
     args = DPTrainingArguments(**{"report_to": "none", **config["training"]}, output_dir=str(output / "training"))
+    if config["critic"]:  # refused here, too, if it asks for what cannot work
+        asked = critic_arguments(config["critic"], args, output)
+        if asked.target_epsilon >= args.target_epsilon:
+            raise ValueError(
+                f"critic.target_epsilon={asked.target_epsilon} is a part of training.target_epsilon="
+                f"{args.target_epsilon}, which the training needs most of; a tenth to a third is usual."
+            )
     data = config["data"]
     views = Views(**data["views"]) if "views" in data else None
     if "num_examples" in data:
@@ -158,6 +175,9 @@ def main() -> None:
     store = tokenise(config, model, processor, text, views, output / "tokens")
     evaluated = config["evaluation"] if PartialState().is_main_process else None
     test = real_images(evaluated, processor) if evaluated else None
+    if config["critic"]:
+        model, ledger = taught(config["critic"], model, processor, detail, store, args, output)
+        args.earlier_ledgers = [ledger]
     public = copy.deepcopy(model) if test else None
     trainer = DPTrainer(model, args, store)
     trainer.train(resume_from_checkpoint=arguments.resume or None)
@@ -183,7 +203,9 @@ def main() -> None:
     if evaluation:
         section = config["evaluation"]
         looks.append(f"The figures under Quality: measured on images of {section['source']}, {section['split']}.")
-    models = config["model"]
+    models, critic = config["model"], config["critic"]
+    if critic:
+        run["stages"].insert(1, {"name": "learning the classes", "private": False, "note": NOTE})
     encoder = [{"role": "text encoder", "source": models["text_encoder_source"]}] if prompts else []
     report = {
         **run,
@@ -196,6 +218,7 @@ def main() -> None:
             {"role": "codec and prior", "source": models["prior_source"]},
             {"role": "super-resolution", "source": models["super_resolution_source"]},
             *encoder,
+            *([{"role": "photos that a private critic chose", "source": critic["public_source"]}] if critic else []),
         ],
         "hyperparameter_tuning": {
             "statement": about["hyperparameter_tuning"],
