@@ -38,6 +38,7 @@ codecs and networks of public photos may be given as folders.
 import argparse
 import copy
 import math
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -49,6 +50,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageToImage
 
+from benchmarks.quality_critic import learn_classes
 from benchmarks.quality_data import IMAGE_SETS, ImageSet, Labelled, private_images, public_images
 from benchmarks.quality_figures import figures, save_grid
 from benchmarks.quality_methods import (
@@ -90,6 +92,8 @@ class Size:
         compared: images for distances.
         widths, denoising_steps: of the diffusion model. diffusion_share: of the public steps that it takes.
         micro_batch: private rows in one pass, for speed only.
+        photos, taught: public photos from which a private critic chooses those that ours learns the classes from, and
+            the steps of that; none, no critic. See `quality_critic`.
     """
 
     private: int
@@ -110,6 +114,8 @@ class Size:
     architectures: tuple[str, ...] = DIFFERENT
     public_batch: int = 64
     micro_batch: int = 64
+    photos: int = 0
+    taught: int = 0
 
     @property
     def for_figures(self) -> dict[str, Any]:
@@ -119,7 +125,7 @@ class Size:
 
 
 SIZES = {
-    "quick": Size(600, 300, 600, 20, 8, 4, 64, 8, 6, 1, 2, 100, (16, 32), 4),
+    "quick": Size(600, 300, 600, 20, 8, 4, 64, 8, 6, 1, 2, 100, (16, 32), 4, photos=600, taught=4),
     "small": Size(20000, 3000, 4000, 100, 250, 24, 512, 250, 150, 1, 2, 1000, (16, 32), 20),
     # Half the public rows of the bundled model of photos; a row of diffusion costs more than one of the others.
     "photos": Size(20000, 1500, 44000, 500, 4000, 60, 2048, 2000, 0, 1, 2, 1000, (16, 32), 20, 0.6),
@@ -130,11 +136,12 @@ SIZES = {
     ),  # fmt: skip
     # Four times the steps of "photos", and enough images for classifiers of the published kinds.
     "objects": Size(
-        50000, 10000, 44000, 2000, 4000, 240, 2048, 2000, 2000, 1, 1, 2000, (16, 32), 20, 0.6, PUBLISHED
-    ),
+        50000, 10000, 44000, 2000, 4000, 240, 2048, 2000, 2000, 1, 1, 2000, (16, 32), 20, 0.6, PUBLISHED,
+        photos=44000, taught=1500,
+    ),  # fmt: skip
     "objects-gpu": Size(
         50000, 10000, 44000, 2000, 6000, 500, 4096, 4000, 2000, 1, 1, 2000, (64, 128), 50, 2.0, PUBLISHED,
-        public_batch=256, micro_batch=4096,
+        public_batch=256, micro_batch=4096, photos=44000, taught=1500,
     ),  # fmt: skip
     # As many generated images as the published comparisons take (DPImageBench: 60,000), and the same kinds of networks.
     "medium": Size(
@@ -293,6 +300,7 @@ def sources(
     public: Labelled,
     folders: Folders,
     device: str,
+    data: Path,
 ) -> Iterator[tuple[str, float, Callable[[Tensor, torch.Generator], Tensor] | Labelled, Cost, Cost]]:
     """Every method at every epsilon: name, epsilon, images or what draws them, costs of public and DP training."""
     free = Cost(0.0, 0.0)
@@ -306,14 +314,17 @@ def sources(
         if isinstance(base, TokenGenerator):
             base.temperature = temperature(method, images, len(base.model.config.layout.scales))
             base.attempts = ATTEMPTS if size.classifier_steps else 1  # class labels matter where classifiers learn
-        rows = base.rows(*private)
+        rows, photos = base.rows(*private), None
+        if method == "ours" and size.photos and images.channels == 3:
+            side = base.model.config.image_size
+            photos, _ = public_images(replace(images, size=side), data, size.photos)
         if method == "ours" and "ceiling" in methods:
             some = rows[: images.classes * size.each]
             yield "ceiling", math.inf, (base.decoded(some), private[1][: len(some)]), before, free
         if method == "ours" and "floor" in methods:
             yield "floor", 0.0, base.sample, before, free
         for epsilon in epsilons if method in methods else []:
-            generator = copy.deepcopy(base)
+            generator, prepared = copy.deepcopy(base), before
             if math.isinf(epsilon):
                 cost = train_publicly(generator, rows, size.twin_steps, size.public_batch, learning_rate=1e-3)
             else:
@@ -326,8 +337,14 @@ def sources(
                     settings |= photo_settings(method, epsilon, size.steps)
                     if method == "ours" and size.classifier_steps:  # as for `attempts`
                         settings["scale_weights"] = scale_weights(len(base.model.config.layout.scales))
-                cost = train_privately(generator, rows, epsilon, DELTA, **settings)
-            yield method, epsilon, generator.sample, before, cost
+                with tempfile.TemporaryDirectory() as folder:
+                    if method == "ours" and photos is not None:
+                        ledger, prepared = learn_classes(
+                            generator, rows, photos, epsilon, DELTA, size.taught, Path(folder)
+                        )
+                        settings["earlier_ledgers"] = [ledger]
+                    cost = train_privately(generator, rows, epsilon, DELTA, **settings)
+            yield method, epsilon, generator.sample, prepared, cost
 
 
 def compare(
@@ -349,7 +366,7 @@ def compare(
     public = public_images(images, data, size.public)
     labels = torch.arange(images.classes).repeat(size.each)
     for method, epsilon, source, before, cost in sources(
-        name, methods, epsilons, size, images, private, public, folders, device
+        name, methods, epsilons, size, images, private, public, folders, device, data
     ):
         start = time.perf_counter()
         drawn = (source(labels, torch.Generator(device).manual_seed(0)), labels) if callable(source) else source

@@ -18,7 +18,7 @@ from diffusers import DDIMScheduler, UNet2DModel
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_spectral_dp import DPTrainer, DPTrainingArguments, SpectralConfig, SpectralTokenizerForCausalLM
+from hf_spectral_dp import ClassCritic, DPTrainer, DPTrainingArguments, SpectralConfig, SpectralTokenizerForCausalLM
 
 Upscaler = Callable[[Tensor], Tensor]
 """Brings coarse images to the full size."""
@@ -30,13 +30,15 @@ class TokenGenerator:
     `config` says which tokens: with all scales it is ours; with one scale of single coefficients it has one token per
     pixel of a small image. `enlarge` 2 shows the codec every pixel as a block of 2 x 2, whose Haar approximation band
     is the image itself: patches of pixels in raster order, the way of models without wavelets. `attempts`: how often
-    images that the model itself takes for another class are drawn again; `temperature` divides the logits, one for all
+    images that the model itself takes for another class are drawn again or, with a `critic`, among how many it chooses,
+    as `DPSpectralPipeline` does; `temperature` divides the logits, one for all
     scales or one for each; see `SpectralTokenizerForCausalLM.sample`.
     """
 
     def __init__(self, model: SpectralTokenizerForCausalLM, upscaler: Upscaler, enlarge: int = 1):
         self.model, self.upscaler, self.enlarge = model, upscaler, enlarge
         self.attempts = 1
+        self.critic: ClassCritic | None = None
         self.temperature: float | list[float] = 1.0
 
     @classmethod
@@ -69,12 +71,22 @@ class TokenGenerator:
     def sample(self, labels: Tensor, generator: torch.Generator) -> Tensor:
         """Full-size images (N, C, S, S) in [-1, 1] of class labels; the generator is on the model's device."""
         self.model.eval()
-        attempts, temperature = self.attempts, self.temperature
-        draws = (
-            self.model.sample(some, generator=generator, attempts=attempts, temperature=temperature)
-            for some in labels.split(500)
-        )
-        return torch.cat([self.upscaler(self.model.decode(tokens)).cpu() for tokens in draws])
+        return torch.cat([self._drawn(some, generator) for some in labels.split(500)])
+
+    @torch.no_grad()
+    def _drawn(self, labels: Tensor, generator: torch.Generator) -> Tensor:
+        candidates, scores = [], []
+        for _ in range(self.attempts if self.critic is not None else 1):
+            tokens = self.model.sample(
+                labels, generator=generator, temperature=self.temperature,
+                attempts=1 if self.critic is not None else self.attempts,
+            )  # fmt: skip
+            candidates.append(self.upscaler(self.model.decode(tokens)).cpu())
+            if self.critic is not None:
+                scores.append(self.critic(candidates[-1]).log_softmax(1).gather(1, labels[:, None].cpu()))
+        if self.critic is None:
+            return candidates[0]
+        return torch.stack(candidates, 1)[torch.arange(len(labels)), torch.cat(scores, 1).argmax(1)]
 
     def name_classes(self) -> None:
         """After training on images without labels: every class starts from what is known of the null token."""

@@ -43,8 +43,8 @@ FIELDS = {
     | {"caption_column", "caption_files"},
     "model": {"prior", "prior_source", "super_resolution", "super_resolution_source", "num_classes"}
     | {"text_encoder", "text_encoder_source", "max_text_tokens"},
-    "critic": {"target_epsilon", "public", "public_split", "public_source", "extractor", "share", "max_steps"}
-    | {"learning_rate", "micro_batch_size", "public_steps"},
+    "critic": {"target_epsilon", "public", "public_split", "public_source", "network", "share", "max_steps"}
+    | {"learning_rate", "public_steps"},
     "training": set(DPTrainingArguments.__dataclass_fields__) - {"output_dir"},
     "sampling": set(SAMPLING_VALUES),
     "card": {"license", "hyperparameter_tuning", "tuning_data", "outside_guarantee", "prompts", "contact"},
@@ -175,10 +175,10 @@ def main() -> None:
     store = tokenise(config, model, processor, text, views, output / "tokens")
     evaluated = config["evaluation"] if PartialState().is_main_process else None
     test = real_images(evaluated, processor) if evaluated else None
+    public, judge = copy.deepcopy(model) if test else None, None
     if config["critic"]:
-        model, ledger = taught(config["critic"], model, processor, detail, store, args, output)
+        model, judge, ledger = taught(config["critic"], model, processor, detail, store, args, output)
         args.earlier_ledgers = [ledger]
-    public = copy.deepcopy(model) if test else None
     trainer = DPTrainer(model, args, store)
     trainer.train(resume_from_checkpoint=arguments.resume or None)
     if not trainer.is_world_process_zero():
@@ -186,7 +186,7 @@ def main() -> None:
 
     # 3. The pipeline with samples of a fixed seed, not picked by hand.
     merged = trainer.merged_model().cpu().eval()
-    pipeline = DPSpectralPipeline(merged, processor, detail, *text, **config["sampling"])
+    pipeline = DPSpectralPipeline(merged, processor, detail, *text, critic=judge, **config["sampling"])
     folder = output / "pipeline"
     pipeline.save_pretrained(folder)
     classes = torch.arange(model.config.num_classes).repeat(8) if model.config.num_classes else None

@@ -4,7 +4,7 @@ Run by train.py when a config has a `critic` section. A few noisy sums over all 
 (`hf_spectral_dp.critic`), at a part of the budget; what it then says of public photos, and what the public model learns
 from these, is post-processing. Writes to the output folder, beside train.py's:
 
-    critic/          the critic, with its ledger in critic/training: as private as the other ledger
+    critic/          the critic, which the pipeline saves again, and its ledger in critic/training: keep that private
     public_tokens/   the token rows of the public photos
     public_model/    what private training starts from
 """
@@ -17,10 +17,11 @@ from accelerate import PartialState
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from hf_spectral_dp import DPTrainer, DPTrainingArguments, SpectralTokenizerForCausalLM
-from hf_spectral_dp.critic import ClassCritic, ClassCriticConfig, FeatureRows, Features, features_of
+from hf_spectral_dp import ClassCritic, DPTrainer, DPTrainingArguments, SpectralTokenizerForCausalLM
+from hf_spectral_dp.feature_rows import FeatureRows, features_of, features_of_rows
 from hf_spectral_dp.image_sources import load_images
-from hf_spectral_dp.metrics.features import load_extractor
+from hf_spectral_dp.metrics.features import PublicFeatures
+from hf_spectral_dp.metrics.public_features import CHECKPOINT
 from hf_spectral_dp.token_store import TokenStore, build_token_store
 from hf_spectral_dp.trainer import LEDGER
 from hf_spectral_dp.views import Views
@@ -30,19 +31,19 @@ NOTE = "public photos that a private critic found likeliest for each class, lear
 
 
 class Chosen(torch.utils.data.Dataset):
-    """Public token rows, each as often as the critic chose it, as its class or (one in ten) as none."""
+    """Public token rows (num_classes, K), each as the class that it was chosen for or, one in ten, as none."""
 
     def __init__(self, store: TokenStore, indices: Tensor, model: SpectralTokenizerForCausalLM):
         self.store, self.config = store, model.config
-        self.classes, self.indices = indices.shape[0], indices.flatten()
+        self.each, self.indices = indices.shape[1], indices.flatten()
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         row = self.store[int(self.indices[index])]
-        of_class = self.config.class_token_ids[index // (len(self) // self.classes)]
-        row["input_ids"][0] = self.config.null_token_id if torch.rand(()) < CLASS_DROPOUT else of_class
+        label = self.config.class_token_ids[index // self.each]
+        row["input_ids"][0] = self.config.null_token_id if torch.rand(()) < CLASS_DROPOUT else label
         return {**row, "labels": row["input_ids"]}
 
 
@@ -54,7 +55,7 @@ def critic_arguments(section: dict[str, Any], args: DPTrainingArguments, output:
         target_delta=args.target_delta,
         sampling_rate=1.0,
         max_steps=section.get("max_steps", 20),
-        micro_batch_size=section.get("micro_batch_size", 5000),
+        micro_batch_size=5000,
         optim="sgd",
         optim_args="momentum=0.9",
         learning_rate=section.get("learning_rate", 20.0),
@@ -70,70 +71,58 @@ def public_rows(section: dict[str, Any], model: Any, processor: Any, folder: Pat
     with PartialState().local_main_process_first():
         if not folder.exists():
             photos = load_images(section["public"], section.get("public_split", "train"))
-            mirrored = Views(count=2, mirror=True)
-            build_token_store(photos, model, processor, folder, views=mirrored)
+            build_token_store(photos, model, processor, folder, views=Views(count=2, mirror=True))
     store = TokenStore.load(folder)
     store.check_codec(model)
     return store
 
 
-def features_of_rows(store: TokenStore, features: Features) -> Tensor:
-    """(N, D), one view of each row."""
-    parts = torch.arange(len(store)).split(500)
-    return torch.cat([features(store[indices]["input_ids"][:, 1:]) for indices in parts])
-
-
-def private_critic(
-    store: TokenStore, model: Any, features: Features, public: Tensor, args: DPTrainingArguments, folder: Path
-) -> ClassCritic:
-    """The critic of an earlier start of this run, or a new one: a crash in between has spent its budget."""
-    if (folder / "config.json").exists():
-        return ClassCritic.from_pretrained(folder).eval()
-    critic = ClassCritic(ClassCriticConfig(public.shape[1], model.config.num_classes))
-    critic.fit(public)
-    trainer = DPTrainer(critic, args, FeatureRows(store, model, features))
-    trainer.train()
-    critic = trainer.merged_model().cpu().eval()
-    if trainer.is_world_process_zero():
-        critic.save_pretrained(folder)
-    print(f"critic         epsilon {trainer.epsilon_spent:.4f} of {args.target_epsilon:g}", flush=True)
-    return critic
-
-
 def taught(
-    section: dict[str, Any],
-    model: Any,
-    processor: Any,
-    detail: Any,
-    store: TokenStore,
-    args: DPTrainingArguments,
+    section: dict[str, Any], model: Any, processor: Any, detail: Any, store: TokenStore, args: DPTrainingArguments,
     output: Path,
-) -> tuple[SpectralTokenizerForCausalLM, str]:
-    """The public model after it learned the classes from public photos, and the ledger of the critic that chose them.
+) -> tuple[SpectralTokenizerForCausalLM, ClassCritic, str]:
+    """The public model after it learned the classes from public photos, the critic that chose them, and its ledger.
+
+    A run that goes on finds both in its folder. A crash while the critic was trained has spent its budget: its ledger
+    refuses to begin again, and a new run needs a folder and a budget of its own.
 
     Args:
         section: the config's `critic`.
         model, processor, detail: public model, its image processor and the super-resolution model.
         store: the private token rows; args: the arguments of the private training that follows.
         output: the run's folder.
-    """
-    ledger = str(output / "critic" / "training" / LEDGER)
-    if (output / "public_model").exists():
-        return AutoModelForCausalLM.from_pretrained(output / "public_model"), ledger
+    """  # fmt: skip
+    folder = output / "critic"
+    ledger = str(folder / "training" / LEDGER)
+    if (output / "public_model" / "config.json").exists():
+        known = AutoModelForCausalLM.from_pretrained(output / "public_model")
+        return known, ClassCritic.from_pretrained(folder), ledger
     photos = public_rows(section, model, processor, output / "public_tokens")
-    features = features_of(model.eval(), detail, load_extractor(section.get("extractor", "public")))
-    public = features_of_rows(photos, features)
-    critic = private_critic(store, model, features, public, critic_arguments(section, args, output), output / "critic")
+    if (folder / "config.json").exists():
+        critic = ClassCritic.from_pretrained(folder)
+        public = features_of_rows(photos, features_of(model.eval(), detail, critic.features))
+    else:
+        network = PublicFeatures(section.get("network", CHECKPOINT)).network
+        critic = ClassCritic.on(network, model.config.num_classes)
+        features = features_of(model.eval(), detail, critic.features)
+        public = features_of_rows(photos, features)
+        critic.fit(public)
+        private = DPTrainer(critic, critic_arguments(section, args, output), FeatureRows(store, model, features))
+        private.train()
+        critic = private.merged_model().cpu().eval()
+        if private.is_world_process_zero():
+            critic.save_pretrained(folder)
+            print(f"critic: epsilon {private.epsilon_spent:.4f} of {args.target_epsilon:g}", flush=True)
     chosen = Chosen(photos, critic.likeliest(public, section.get("share", 0.1)), model)
     training = TrainingArguments(
         output_dir=str(output / "public_training"), max_steps=section.get("public_steps", 1500),
-        per_device_train_batch_size=128, learning_rate=1.5e-3, lr_scheduler_type="cosine", warmup_ratio=0.1,
+        per_device_train_batch_size=128, learning_rate=1.5e-3, lr_scheduler_type="cosine", warmup_steps=150,
         weight_decay=0.01, save_strategy="no", report_to="none", use_cpu=args.use_cpu, seed=args.seed,
     )  # fmt: skip
     trainer = Trainer(model=model, args=training, train_dataset=chosen)
     trainer.train()
-    model = trainer.accelerator.unwrap_model(trainer.model).cpu()
+    known = trainer.accelerator.unwrap_model(trainer.model).cpu()
     if trainer.is_world_process_zero():
-        model.save_pretrained(output / "public_model")
+        known.save_pretrained(output / "public_model")
     trainer.accelerator.wait_for_everyone()
-    return model, ledger
+    return known, critic, ledger

@@ -40,6 +40,8 @@ ORDER = [
     "trainer",
     "super_resolution",
     "metrics",
+    "critic",
+    "feature_rows",
     "self_audit",
     "card",
     "publication",

@@ -3,14 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_model
 
-from hf_spectral_dp import DPTrainer, DPTrainingArguments
-from hf_spectral_dp.critic import ClassCritic, ClassCriticConfig, FeatureRows, features_of
-from hf_spectral_dp.image_processing_spectral import SpectralImageProcessor
+from hf_spectral_dp import ClassCritic, DPTrainer, DPTrainingArguments
+from hf_spectral_dp.metrics.public_features import PublicFeatureConfig, PublicFeatureNetwork
 from hf_spectral_dp.privacy.clipping import PerExampleClipper
 from hf_spectral_dp.privacy.ledger import read_ledger
-from hf_spectral_dp.token_store import build_token_store
 from hf_spectral_dp.trainer import LEDGER
 
 
@@ -23,8 +20,15 @@ def blobs(rows: int = 300, dim: int = 6, seed: int = 0) -> tuple[torch.Tensor, t
     return features * stretch + 5, labels
 
 
+def network() -> PublicFeatureNetwork:
+    """Six features of images of 16 x 16, with statistics of its own."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return PublicFeatureNetwork(PublicFeatureConfig(16, (2, 2, 2, 2, 2), 4)).eval()
+
+
 def fitted(features: torch.Tensor, classes: int = 3) -> ClassCritic:
-    critic = ClassCritic(ClassCriticConfig(features.shape[1], classes))
+    critic = ClassCritic.on(network(), classes)
     critic.fit(features)
     return critic
 
@@ -48,10 +52,10 @@ def test_the_loss_is_cross_entropy_and_a_row_without_a_class_teaches_nothing():
     features, labels = blobs()
     critic = fitted(features)
     torch.nn.init.normal_(critic.regression.weight)
-    rows = torch.cat([labels[:, None].float(), features], 1)
+    rows = rows_of(features, labels)
     rows[:50, 0] = -1
     losses = critic.per_example_loss(rows)
-    assert torch.allclose(losses[50:], F.cross_entropy(critic(features[50:]), labels[50:], reduction="none"))
+    assert torch.allclose(losses[50:], F.cross_entropy(critic.classify(features[50:]), labels[50:], reduction="none"))
     losses[:50].sum().backward()
     assert losses[:50].eq(0).all() and critic.regression.weight.grad.eq(0).all()
 
@@ -60,9 +64,9 @@ def test_before_training_all_classes_are_alike_and_clipping_scales_all_rows_alik
     """By hand: the gradient of a row is (p - onehot) times (feature, 1): of length sqrt(2/3) * sqrt(2) for three."""
     features, labels = blobs()
     critic = fitted(features)
-    assert critic(features).softmax(1).allclose(torch.tensor(1 / 3))
+    assert critic.classify(features).softmax(1).allclose(torch.tensor(1 / 3))
     clipper = PerExampleClipper(critic, 1.0)
-    rows = torch.cat([labels[:, None].float(), features], 1)
+    rows = rows_of(features, labels)
     clipper.add(lambda: critic.per_example_loss(rows), len(rows))
     white = F.normalize((features - critic.mean) @ critic.whitening, dim=1)
     expected = (1 / 3 - F.one_hot(labels, 3).float()).T @ white / (4 / 3) ** 0.5
@@ -73,11 +77,11 @@ def test_private_training_tells_the_classes_apart(tmp_path):
     """Twenty noisy full batches at epsilon 2 of 300 rows, on features it was not trained on."""
     features, labels = blobs(300)
     critic = fitted(blobs(2000, seed=1)[0])
-    data = RowsInMemory(torch.cat([labels[:, None].float(), features], 1))
+    data = RowsInMemory(rows_of(features, labels))
     trainer = DPTrainer(critic, arguments(tmp_path, target_epsilon=2.0), data)
     trainer.train()
     others, truth = blobs(500, seed=2)
-    assert (critic(others).argmax(1) == truth).float().mean() > 0.8
+    assert (critic.classify(others).argmax(1) == truth).float().mean() > 0.8
     assert 1.98 < trainer.epsilon_spent <= 2 and read_ledger(tmp_path / LEDGER)["charged"] == 20
 
 
@@ -87,7 +91,7 @@ def test_the_likeliest_images_of_a_class_come_first():
     torch.nn.init.normal_(critic.regression.weight, generator=torch.Generator().manual_seed(0))
     chosen = critic.likeliest(features, 0.1)
     assert chosen.shape == (3, 4)
-    shares = critic(features).softmax(1)
+    shares = critic.classify(features).softmax(1)
     for label in range(3):
         assert shares[chosen[label], label].tolist() == sorted(shares[:, label].tolist(), reverse=True)[:4]
     assert critic.likeliest(features, 0.001).shape == (3, 1)
@@ -96,39 +100,32 @@ def test_the_likeliest_images_of_a_class_come_first():
             critic.likeliest(features, share)
 
 
-def test_feature_rows_see_what_the_generator_would_show(tmp_path):
-    """Labels, units and features of a store; the features of decoded tokens, not of the images themselves."""
-    model, processor = tiny_model().eval(), SpectralImageProcessor(image_size=16, num_channels=1)
-    generator = torch.Generator().manual_seed(0)
-    images = [torch.randint(256, (16, 16), generator=generator, dtype=torch.uint8).numpy() for _ in range(7)]
-    listed = [
-        {"image": image, "label": None if index == 3 else index % 3, "who": f"p{index // 2}"}
-        for index, image in enumerate(images)
-    ]
-    store = build_token_store(
-        iter(listed), model, processor, tmp_path / "store", label_column="label", unit_column="who", max_rows_per_unit=2
-    )
-    seen = []
-
-    def extractor(shown: torch.Tensor) -> torch.Tensor:
-        seen.append(shown)
-        return shown.flatten(1)[:, :5]
-
-    rows = FeatureRows(store, model, features_of(model, None, extractor))
-    assert len(rows) == 7 and rows.units.tolist() == [0, 0, 1, 1, 2, 2, 3] and "who" in rows.unit
-    assert rows[torch.arange(7)]["input_ids"][:, 0].tolist() == [0, 1, 2, -1, 1, 2, 0]
-    tokens = store[torch.arange(7)]["input_ids"][:, 1:]
-    assert torch.equal(torch.cat(seen), model.decode(tokens))
-    assert torch.equal(rows[[2, 5]]["input_ids"][:, 1:], model.decode(tokens[[2, 5]]).flatten(1)[:, :5])
-    assert rows.fingerprint != FeatureRows(store, model, features_of(model, None, lambda x: -extractor(x))).fingerprint
-
-
 def test_a_saved_critic_says_the_same(tmp_path):
     features, _ = blobs()
     critic = fitted(features)
     torch.nn.init.normal_(critic.regression.weight)
     critic.save_pretrained(tmp_path)
-    assert torch.equal(ClassCritic.from_pretrained(tmp_path)(features), critic(features))
+    again, images = ClassCritic.from_pretrained(tmp_path), torch.rand(5, 3, 16, 16) * 2 - 1
+    assert torch.equal(again.classify(features), critic.classify(features))
+    assert torch.equal(again(images), critic(images)) and not again.training
+
+
+def test_the_network_is_a_public_one_and_stays_as_it_is(tmp_path):
+    """Its weights and its running statistics, whatever the trainer does; the regression alone is trained."""
+    public = network()
+    critic = fitted(blobs(2000, seed=1)[0])
+    images = torch.rand(5, 3, 16, 16) * 2 - 1
+    assert torch.equal(critic.features(images), public.features(images))
+    features, labels = blobs(60)
+    trainer = DPTrainer(critic, arguments(tmp_path, target_epsilon=2.0), RowsInMemory(rows_of(features, labels)))
+    trainer.train()
+    critic.train()
+    assert torch.equal(critic.features(images), public.features(images))
+    assert trainer.privacy_report()["training"]["trainable_parameters"] == 3 * (6 + 1)
+
+
+def rows_of(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return torch.cat([labels[:, None].float(), features], 1)
 
 
 class RowsInMemory:

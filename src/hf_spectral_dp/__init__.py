@@ -17,12 +17,14 @@ from .super_resolution import SpectralSuperResolution, SpectralSuperResolutionCo
 
 if TYPE_CHECKING:
     from .card import PrivacyCard
+    from .critic import ClassCritic
     from .pipeline_spectral import DPSpectralPipeline
     from .privacy.budget import PrivacyBudget
     from .trainer import DPTrainer
     from .training_args import DPTrainingArguments
 
 _LATER = {
+    "ClassCritic": "critic",
     "DPSpectralPipeline": "pipeline_spectral",
     "DPTrainer": "trainer",
     "DPTrainingArguments": "training_args",
@@ -50,6 +52,7 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "ClassCritic",
     "DPSpectralPipeline",
     "DPTrainer",
     "DPTrainingArguments",

@@ -277,7 +277,8 @@ def _with_model(pipeline: DPSpectralPipeline, model: Any) -> DPSpectralPipeline:
             " same images without privacy."
         )
     sampling = {name: pipeline.config[name] for name in SAMPLING_VALUES}
-    chain = DPSpectralPipeline(model, pipeline.image_processor, pipeline.super_resolution, **sampling)
+    critic = pipeline.critic if model is pipeline.model else None  # it is private: no part of a floor or a twin
+    chain = DPSpectralPipeline(model, pipeline.image_processor, pipeline.super_resolution, critic=critic, **sampling)
     chain.set_progress_bar_config(disable=True)
     return chain
 

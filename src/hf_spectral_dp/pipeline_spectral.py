@@ -23,7 +23,7 @@ from .image_processing_spectral import SpectralImageProcessor
 from .modeling_spectral import SpectralTokenizerForCausalLM
 from .released_files import check_own_folder
 from .safe_loading import check_index, check_shards
-from .super_resolution import RESAMPLING_MODES, SpectralSuperResolution, Upscaler, upscaler
+from .super_resolution import RESAMPLING_MODES, SpectralSuperResolution, Upscaler, upscale_to, upscaler
 from .text_encoder import check_text_encoder, encode_text
 
 Upscaling = Literal["model", "none", "nearest", "bicubic", "lanczos"]
@@ -49,6 +49,8 @@ class DPSpectralPipeline(DiffusionPipeline):
             `model.config.coarse_size` to `model.config.image_size`; not used where these are equal.
         text_encoder, tokenizer: of a model with text: the frozen, PUBLIC encoder that its captions went through, see
             `text_encoder.load_text_encoder`. Without them, such a model can be sampled without a prompt only.
+        critic: a `ClassCritic` that `DPTrainer` trained on the same private images; it chooses among `attempts`. Its
+            cost belongs to the claim: train the model with `earlier_ledgers` naming its ledger.
         guidance_scale, temperature, top_k, top_p, attempts: sampling values that are saved with the pipeline and hold
             wherever a call does not say otherwise, so that users get what the model was tuned with.
 
@@ -57,8 +59,8 @@ class DPSpectralPipeline(DiffusionPipeline):
         ValueError: components that do not fit together.
     """
 
-    model_cpu_offload_seq = "text_encoder->model->super_resolution"
-    _optional_components = ["super_resolution", "text_encoder", "tokenizer"]
+    model_cpu_offload_seq = "text_encoder->model->super_resolution->critic"
+    _optional_components = ["super_resolution", "text_encoder", "tokenizer", "critic"]
 
     def __init__(
         self,
@@ -72,6 +74,7 @@ class DPSpectralPipeline(DiffusionPipeline):
         top_k: int = 0,
         top_p: float = 1.0,
         attempts: int = 1,
+        critic: PreTrainedModel | None = None,
     ):
         super().__init__()
         if not isinstance(model, SpectralTokenizerForCausalLM):
@@ -95,12 +98,20 @@ class DPSpectralPipeline(DiffusionPipeline):
             check_text_encoder(text_encoder, tokenizer, model.config)
             assert text_encoder is not None  # checked
             text_encoder.eval()
+        if critic is not None:
+            if critic.config.num_classes != model.config.num_classes:
+                raise ValueError(
+                    f"num_classes={critic.config.num_classes} in the critic but {model.config.num_classes} in the"
+                    " model; use the critic of the same private images."
+                )
+            critic.eval()
         self.register_modules(
             model=model,
             image_processor=image_processor,
             super_resolution=super_resolution,
             text_encoder=text_encoder,
             tokenizer=tokenizer,
+            critic=critic,
         )
         self.register_to_config(
             guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p, attempts=attempts
@@ -277,10 +288,11 @@ class DPSpectralPipeline(DiffusionPipeline):
                 "tokens" (B, timestep) of one batch: `pipeline.model.decode(tokens)` shows the image growing.
             negative_prompt: what the images should not show; one for all prompts, or one each. Needs guidance.
             num_images_per_prompt: `num_images`, by the name that diffusers has for it.
-            attempts: above 1, images that the model itself takes for another class than `class_labels` says are drawn
-                again, see `SpectralTokenizerForCausalLM.sample`. Labels are then right more often, and what lies
-                between two classes is rarer than the model knows it to be. None takes the saved value (without labels
-                or with `num_scales` there is no telling, and it is 1).
+            attempts: above 1, with a critic: so many images are drawn for each, and the one stays that looks most like
+                its label to the critic. Without: images that the model itself takes for another class are drawn again,
+                see `SpectralTokenizerForCausalLM.sample`. Labels are then right more often, and what lies between two
+                classes is rarer than the model knows it to be. None takes the saved value (without labels or with
+                `num_scales` there is no telling, and it is 1).
 
         Returns:
             `ImagePipelineOutput` with `images`.
@@ -364,6 +376,9 @@ class DPSpectralPipeline(DiffusionPipeline):
         total = len(texts["text_states"]) if texts else num_images if labels is None else len(labels)
         # Draws nothing, refuses what cannot be drawn.
         self.model.sample(labels, total, num_tokens=0, **texts, **sampling)
+        chosen_by_critic = self.critic is not None and attempts > 1
+        if chosen_by_critic:
+            sampling["attempts"] = 1
 
         # 2. Sample tokens, coarse to fine, and decode them.
         batches = []
@@ -371,11 +386,17 @@ class DPSpectralPipeline(DiffusionPipeline):
             for start in range(0, total, batch_size):
                 count = min(batch_size, total - start)
                 chosen = None if labels is None else labels[start : start + count]
-                some = {name: states[start : start + count] for name, states in texts.items()}
-                tokens = self.model.sample(
-                    chosen, count, generator=generator, num_tokens=length, on_scale_end=on_scale_end, **some, **sampling
-                )
-                batches.append(self.model.decode(tokens))
+                some = {name: states[start : start + count] for name, states in texts.items()} | sampling
+                candidates = [
+                    self.model.decode(
+                        self.model.sample(
+                            chosen, count, generator=generator, num_tokens=length,
+                            on_scale_end=None if attempt else on_scale_end, **some,
+                        )
+                    )
+                    for attempt in range(attempts if chosen_by_critic else 1)
+                ]  # fmt: skip
+                batches.append(candidates[0] if chosen is None else self._likeliest(candidates, chosen))
                 progress.update(count)
 
         # 3. Add the detail. All batches are sampled by now, so that offloading moves each model once.
@@ -388,6 +409,19 @@ class DPSpectralPipeline(DiffusionPipeline):
             images = self.image_processor.postprocess(images, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _likeliest(self, candidates: list[Tensor], labels: Tensor) -> Tensor:
+        """Of several coarse images (B, C, s, s) for every label, the one that shows it likeliest by the critic."""
+        if len(candidates) == 1:
+            return candidates[0]
+        enlarge = "bicubic" if self.super_resolution is None else self.super_resolution
+        labels = labels.to(candidates[0].device)[:, None]
+        scores = [
+            self.critic(upscale_to(self.model.config.image_size, enlarge, images)).log_softmax(1).gather(1, labels)
+            for images in candidates
+        ]
+        best = torch.cat(scores, 1).argmax(1)
+        return torch.stack(candidates, 1)[torch.arange(len(best), device=best.device), best]
 
     def _encode_prompts(self, prompt: Any, negative_prompt: Any, num_images: int) -> dict[str, Tensor]:
         """Text states (prompts * num_images, K, text_width) of prompts and negative prompts, as `sample` takes them."""

@@ -30,7 +30,7 @@ _BESIDE = rf"{re.escape(SAMPLES_NAME)}|LICENSE(\.txt|\.md)?"
 _CARD = rf"{re.escape(REPORT_NAME)}|{re.escape(README_NAME)}"
 _PIPELINE = re.compile(
     rf"model_index\.json|{_CARD}|{_BESIDE}"
-    rf"|(model|text_encoder|super_resolution)/({_MODEL})"
+    rf"|(model|text_encoder|super_resolution|critic)/({_MODEL})"
     r"|image_processor/preprocessor_config\.json"
     rf"|tokenizer/({_TOKENIZER})"
     # A super-resolution model may be a whole pipeline of diffusers.

@@ -1,0 +1,71 @@
+"""The private rows of a critic: what a public network sees of the private images, as the generator would show them."""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .modeling_spectral import SpectralTokenizerForCausalLM
+from .super_resolution import upscale_to
+from .token_store import TokenStore
+
+Features = Callable[[Tensor], Tensor]
+"""Features (B, D), float32 on the CPU, of tokens (B, T)."""
+
+
+def features_of(
+    model: SpectralTokenizerForCausalLM, super_resolution: Any, extractor: Callable[[Tensor], Tensor]
+) -> Features:
+    """Features of tokens: decoded, brought to the full size as the pipeline does, and seen by a public extractor.
+
+    Args:
+        model: decodes.
+        super_resolution: any public backend of `super_resolution.upscaler`; not used where decoded images have the full
+            size.
+        extractor: such as `ClassCritic.features`.
+    """
+
+    @torch.no_grad()
+    def features(tokens: Tensor) -> Tensor:
+        images = model.decode(tokens.to(model.device))
+        return extractor(upscale_to(model.config.image_size, super_resolution, images)).float().cpu()
+
+    return features
+
+
+def features_of_rows(store: TokenStore, features: Features) -> Tensor:
+    """Features (N, D) of the rows of a store; of an image with several views, those of one."""
+    parts = tqdm(torch.arange(len(store)).split(500), desc="features", unit="500 rows")
+    return torch.cat([features(store[indices]["input_ids"][:, 1:]) for indices in parts])
+
+
+class FeatureRows:
+    """Rows (N, 1 + D) of private images in memory, class and features, as `DPTrainer` and `ClassCritic` read them.
+
+    Every row is a function of one image and of coins of its own, so a unit of the store is a unit here. Rows are as
+    secret as the images.
+
+    Args:
+        store: token rows of the private images.
+        model: their generator, which says which class a row has.
+        features: of tokens.
+    """
+
+    def __init__(self, store: TokenStore, model: SpectralTokenizerForCausalLM, features: Features):
+        first = torch.cat([store[some]["input_ids"][:, 0] for some in torch.arange(len(store)).split(8192)])
+        labels = torch.where(first == model.config.null_token_id, -1, first - model.config.layout.codes)
+        self.rows = torch.cat([labels[:, None].float(), features_of_rows(store, features)], 1)
+        self.units, self.unit = store.units, store.unit
+        self.fingerprint = hashlib.sha256(self.rows.numpy().tobytes()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, indices: Any) -> dict[str, Tensor]:
+        return {"input_ids": self.rows[torch.as_tensor(indices, dtype=torch.long)]}
+
+
+__all__ = ["FeatureRows", "Features", "features_of", "features_of_rows"]

@@ -1,0 +1,82 @@
+"""A pipeline with a critic: of several images for a label, the one that the critic finds likeliest to show it."""
+
+import json
+
+import pytest
+import torch
+from test_critic import network
+from test_pipeline_spectral import coarse_model, pipeline, seeded
+from test_pipeline_spectral import network as super_resolution
+
+from hf_spectral_dp import ClassCritic
+from hf_spectral_dp.assessment import draw_images
+from hf_spectral_dp.pipeline_spectral import DPSpectralPipeline
+from hf_spectral_dp.released_files import hash_released
+from hf_spectral_dp.super_resolution import upscale
+
+
+def critic(classes: int = 10) -> ClassCritic:
+    """One with opinions of its own."""
+    made = ClassCritic.on(network(), classes)
+    torch.nn.init.normal_(made.regression.weight, std=5.0, generator=torch.Generator().manual_seed(0))
+    return made
+
+
+def test_the_image_that_shows_its_label_likeliest_stays():
+    pipe = pipeline(scales=2, super_resolution=super_resolution(), critic=critic())
+    labels = torch.tensor([3, 3, 7, 0, 9, 1])
+    drawn = pipe(class_labels=labels, attempts=4, generator=seeded(), output_type="latent").images
+    generator, candidates = seeded(), []
+    for _ in range(4):
+        candidates.append(pipe.model.decode(pipe.model.sample(labels, generator=generator)))
+    chosen = []
+    for row, label in enumerate(labels.tolist()):
+        shown = torch.cat([upscale(pipe.super_resolution, images[row : row + 1]) for images in candidates])
+        with torch.no_grad():
+            best = pipe.critic(shown).softmax(1)[:, label].argmax()
+        chosen.append(candidates[best][row])
+    assert torch.equal(drawn, torch.stack(chosen))
+    assert any(not torch.equal(image, candidates[0][row]) for row, image in enumerate(chosen))
+
+
+@pytest.mark.parametrize("given", [{"attempts": 1, "class_labels": [1, 2]}, {"num_images": 2}])
+def test_where_there_is_nothing_to_choose_a_critic_changes_nothing(given):
+    """One attempt, or no label, where a saved number of attempts does not count."""
+    with_critic, without = pipeline(critic=critic(), attempts=3), pipeline()
+    first = with_critic(**given, generator=seeded(), output_type="latent").images
+    assert torch.equal(first, without(**given, generator=seeded(), output_type="latent").images)
+
+
+def test_attempts_need_labels_with_a_critic_too():
+    with pytest.raises(ValueError, match="attempts=3 must be at least 1; more need class_labels"):
+        pipeline(scales=3, critic=critic())(num_images=2, attempts=3)
+
+
+def test_a_critic_of_other_classes_is_refused():
+    with pytest.raises(ValueError, match=r"num_classes=3 in the critic but 10 in the model"):
+        pipeline(critic=critic(3))
+
+
+def test_a_critic_is_saved_released_and_loaded(tmp_path):
+    pipe = pipeline(critic=critic(), attempts=3)
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["critic"] == ["hf_spectral_dp.critic", "ClassCritic"]
+    again = DPSpectralPipeline.from_pretrained(tmp_path)
+    images = [some(class_labels=[4, 5], generator=seeded(), output_type="latent").images for some in (pipe, again)]
+    assert torch.equal(*images)
+    assert "critic/model.safetensors" in {entry["path"] for entry in hash_released(tmp_path)}
+
+
+def test_a_critic_judges_the_private_model_and_no_control():
+    """It is private: images of a public model that it had chosen from would be no floor."""
+    pipe = pipeline(scales=3, critic=critic(), attempts=3)
+    other = coarse_model(scales=3)
+    ours, _ = draw_images(pipe, pipe.model, 20, seed=0, batch_size=20)
+    labels = torch.arange(10).repeat_interleave(2)
+    expected = pipe(class_labels=labels, generator=seeded(), output_type="pt", batch_size=20).images * 2 - 1
+    assert torch.equal(ours, expected)
+    control, _ = draw_images(pipe, other, 20, seed=0, batch_size=20)
+    alone = pipeline(scales=3, attempts=3)
+    expected = alone(class_labels=labels, generator=seeded(), output_type="pt", batch_size=20).images * 2 - 1
+    assert torch.equal(control, expected)

@@ -1,0 +1,117 @@
+"""The main job with a critic: both runs count, public images teach the classes, a run goes on where it was."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import tiny_model
+from test_critic import network
+from test_examples import images, job, run, run_here  # noqa: F401  (job is a fixture)
+
+from hf_spectral_dp import DPSpectralPipeline, DPTrainingArguments, PrivacyCard, SpectralImageProcessor
+from hf_spectral_dp.cli import main as cli
+from hf_spectral_dp.privacy.ledger import read_ledger
+from hf_spectral_dp.token_store import build_token_store
+
+import warm_start  # isort: skip  (test_examples adds its folder)
+
+
+@pytest.fixture
+def with_critic(job, tmp_path) -> dict:  # noqa: F811
+    network().save_pretrained(tmp_path / "network")
+    (tmp_path / "photos").mkdir()
+    images(50, 2).to_parquet(tmp_path / "photos" / "train.parquet")
+    section = {
+        "target_epsilon": 2.0, "public": str(tmp_path / "photos"), "public_source": "noise", "max_steps": 3,
+        "network": str(tmp_path / "network"), "public_steps": 3, "share": 0.2,
+    }  # fmt: skip
+    return job | {"critic": section, "sampling": {"attempts": 2}}
+
+
+@pytest.mark.slow
+def test_critic_and_training_share_one_budget(with_critic, tmp_path):
+    done = run(with_critic, tmp_path)
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "out"
+    first, second = (read_ledger(out / name / "privacy_ledger.jsonl") for name in ("critic/training", "training"))
+    assert (first["charged"], second["charged"]) == (3, 4)
+    (earlier,) = second["header"]["plan"]["earlier"]
+    assert earlier["noise_multiplier"] == first["header"]["plan"]["noise_multiplier"]
+    report = PrivacyCard.load(out / "pipeline").report
+    assert 7.9 < report["claim"]["epsilon"] <= 8
+    assert report["mechanism"]["earlier_runs"][0]["ledger_head"] == first["head"]
+    assert {"role": "photos that a private critic chose", "source": "noise"} in report["public_data"]
+    assert cli(["verify", str(out / "pipeline"), "--ledger", str(out / "training" / "privacy_ledger.jsonl")]) == 0
+    pipe = DPSpectralPipeline.from_pretrained(out / "pipeline")
+    assert pipe.critic is not None and pipe.config.attempts == 2
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_the_critic_that_it_paid_for(with_critic, tmp_path):
+    """The critic's own ledger lets nobody train it twice; a later stage that is missing is made again."""
+    assert run(with_critic, tmp_path).returncode == 0
+    ledger = tmp_path / "out" / "critic" / "training" / "privacy_ledger.jsonl"
+    head = read_ledger(ledger)["head"]
+    shutil.rmtree(tmp_path / "out" / "public_model")
+    assert run(with_critic, tmp_path, "--resume").returncode == 0
+    assert read_ledger(ledger)["head"] == head
+    shutil.rmtree(tmp_path / "out" / "public_model")
+    (tmp_path / "out" / "critic" / "config.json").unlink()
+    again = run(with_critic, tmp_path, "--resume")
+    assert again.returncode != 0 and "its charges count" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target_epsilon": 8.0}, "critic.target_epsilon=8.0 is a part of training.target_epsilon=8.0"),
+        ({"public_source": None}, "critic lacks"),
+        ({"photos": "x"}, "critic has unknown fields"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_image_is_read(with_critic, tmp_path, monkeypatch, change, message):
+    section = {name: value for name, value in {**with_critic["critic"], **change}.items() if value is not None}
+    broken = {**with_critic, "critic": section, "data": {**with_critic["data"], "source": str(tmp_path / "nowhere")}}
+    with pytest.raises(ValueError, match=message):
+        run_here(broken, tmp_path, monkeypatch)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_critic_needs_labels(with_critic, tmp_path, monkeypatch):
+    data = {name: value for name, value in with_critic["data"].items() if name != "label_column"}
+    with pytest.raises(ValueError, match="a critic tells classes apart, and data.label_column names none"):
+        run_here({**with_critic, "data": data, "evaluation": {}}, tmp_path, monkeypatch)
+
+
+def test_every_photo_stands_for_the_class_that_it_was_chosen_for(tmp_path):
+    model = tiny_model().eval()
+    processor = SpectralImageProcessor(image_size=16, num_channels=1)
+    store = build_token_store(iter([{"image": image} for image in images(6, 0)["image"]]), model, processor, tmp_path / "store")
+    rows = warm_start.Chosen(store, torch.tensor([[5, 1], [1, 0], [3, 3]]), model)
+    assert len(rows) == 6
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        found = [rows[index] for _ in range(60) for index in range(6)]
+    assert all(torch.equal(row["input_ids"], row["labels"]) for row in found)
+    first = torch.stack([row["input_ids"][0] for row in found]).view(60, 6)
+    null, classes = model.config.null_token_id, model.config.class_token_ids
+    assert 0.04 < first.eq(null).float().mean() < 0.2
+    for index, label in enumerate((0, 0, 1, 1, 2, 2)):
+        assert set(first[:, index].tolist()) <= {null, classes[label]}
+    tokens = torch.stack([row["input_ids"][1:] for row in found[:6]])
+    assert torch.equal(tokens, store[torch.tensor([5, 1, 1, 0, 3, 3])]["input_ids"][:, 1:])
+
+
+def test_the_settings_of_the_recipe_are_those_of_the_config():
+    """cifar10.yaml explains defaults; they must be the ones that hold."""
+    config = Path(warm_start.__file__).parent / "configs" / "cifar10.yaml"
+    section = yaml.safe_load(config.read_text())["critic"]
+    args = DPTrainingArguments(output_dir="x", target_epsilon=10.0, expected_batch_size=8, use_cpu=True)
+    short = {"target_epsilon": section["target_epsilon"]}
+    for name in ("learning_rate", "max_steps", "target_epsilon"):
+        chosen = [
+            getattr(warm_start.critic_arguments(some, args, Path("x")), name) for some in (section, short)
+        ]
+        assert chosen[0] == chosen[1] == section[name]
