@@ -33,5 +33,3 @@ def test_feature_rows_see_what_the_generator_would_show(tmp_path):
     assert torch.equal(torch.cat(seen), model.decode(tokens))
     assert torch.equal(rows[[2, 5]]["input_ids"][:, 1:], model.decode(tokens[[2, 5]]).flatten(1)[:, :5])
     assert rows.fingerprint != FeatureRows(store, model, features_of(model, None, lambda x: -extractor(x))).fingerprint
-
-

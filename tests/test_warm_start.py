@@ -88,7 +88,9 @@ def test_a_critic_needs_labels(with_critic, tmp_path, monkeypatch):
 def test_every_photo_stands_for_the_class_that_it_was_chosen_for(tmp_path):
     model = tiny_model().eval()
     processor = SpectralImageProcessor(image_size=16, num_channels=1)
-    store = build_token_store(iter([{"image": image} for image in images(6, 0)["image"]]), model, processor, tmp_path / "store")
+    store = build_token_store(
+        iter([{"image": image} for image in images(6, 0)["image"]]), model, processor, tmp_path / "store"
+    )
     rows = warm_start.Chosen(store, torch.tensor([[5, 1], [1, 0], [3, 3]]), model)
     assert len(rows) == 6
     with torch.random.fork_rng():
@@ -111,7 +113,5 @@ def test_the_settings_of_the_recipe_are_those_of_the_config():
     args = DPTrainingArguments(output_dir="x", target_epsilon=10.0, expected_batch_size=8, use_cpu=True)
     short = {"target_epsilon": section["target_epsilon"]}
     for name in ("learning_rate", "max_steps", "target_epsilon"):
-        chosen = [
-            getattr(warm_start.critic_arguments(some, args, Path("x")), name) for some in (section, short)
-        ]
+        chosen = [getattr(warm_start.critic_arguments(some, args, Path("x")), name) for some in (section, short)]
         assert chosen[0] == chosen[1] == section[name]
