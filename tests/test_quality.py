@@ -18,15 +18,16 @@ from hf_spectral_dp.super_resolution import upscale, upscale_to
 
 ROOT = Path(__file__).parents[1]
 BUNDLED = ROOT / "src" / "hf_spectral_dp" / "checkpoints"
-PUBLIC_FIELDS = ("prior", "prior_source", "super_resolution", "super_resolution_source")
+PUBLIC_FIELDS = ("prior", "prior_source", "super_resolution", "super_resolution_source", "public", "public_source")
 
 
 def public_claims() -> dict[str, str]:
     """Everything in the repository that says from which public images something was made, by where it says so."""
     claims = {f"IMAGE_SETS[{name!r}]": images.public for name, images in IMAGE_SETS.items()}
     for path in (ROOT / "examples" / "configs").glob("*.yaml"):
-        model = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
-        claims |= {f"{path.name}: {field}": str(model[field]) for field in PUBLIC_FIELDS if field in model}
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        parts = config["model"] | config.get("critic", {})
+        claims |= {f"{path.name}: {field}": str(parts[field]) for field in PUBLIC_FIELDS if field in parts}
     for path in BUNDLED.glob("*/README.md"):
         claims[f"{path.parent.name}/README.md"] = path.read_text(encoding="utf-8")
     return claims
