@@ -146,7 +146,8 @@ class DPTrainer(QuietTrainer):
         if resume_from_checkpoint and self.plan.sampling == "single_pass":
             raise ValueError(
                 "sampling='single_pass' cannot be resumed: where the stream stood is not known, and a row must not be"
-                " used twice in a pass. The last checkpoint is private as it is; or start a new run and add up both."
+                " used twice in a pass. The last checkpoint is private as it is; or start a new run, with this run's"
+                " ledger in earlier_ledgers."
             )
         step = self.on_first(lambda: self._begin(resume_from_checkpoint))
         self._charged = self.from_first(self._charged)
