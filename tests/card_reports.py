@@ -14,6 +14,14 @@ PLAN = PrivacyPlan(num_examples=5000, sampling_rate=0.05, steps=4, noise_multipl
 TRUNCATED = dataclasses.replace(PLAN, sampling="truncated_poisson", max_batch_size=300)
 SINGLE_PASS = dataclasses.replace(PLAN, sampling="single_pass", noise_multiplier=9.0, steps=30)  # 1.5 passes of 20
 PLANS = [PLAN, TRUNCATED, SINGLE_PASS]
+# After two earlier runs: two steps on full batches, and three on others.
+COMPOSED = dataclasses.replace(
+    PLAN,
+    earlier=(
+        dataclasses.replace(PLAN, sampling_rate=1.0, steps=2, noise_multiplier=20.0),
+        dataclasses.replace(PLAN, sampling_rate=0.1, steps=3, noise_multiplier=8.0),
+    ),
+)
 
 
 def report(plan: PrivacyPlan = PLAN) -> dict:
@@ -25,6 +33,7 @@ def report(plan: PrivacyPlan = PLAN) -> dict:
         unit="one row of the training data (one image with its label)",
         person=False,
         noise_source="cipher",
+        earlier_runs=[{"clipping_norm": 0.5, "ledger_head": f"{index:02}" * 32} for index in range(len(plan.earlier))],
         training={
             "trainable_parameters": 1_070_000,
             "adapter": {"type": "lora", "rank": 8},

@@ -1,11 +1,13 @@
 """The accountant against closed forms, a second library and itself."""
 
+import dataclasses
 import json
 import math
 
 import numpy as np
 import pytest
 from dp_accounting import dp_event
+from dp_accounting.pld import PLDAccountant
 from opacus.accountants import PRVAccountant
 from scipy import stats
 
@@ -128,6 +130,69 @@ def test_every_sampling_states_its_relation_and_survives_json(sampling, relation
     assert PrivacyPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
     assert event_from_dict(json.loads(json.dumps(event_to_dict(plan.event())))) == plan.event()
     assert plan.epsilon(0) == 0 < plan.epsilon(1) <= plan.epsilon(299) <= plan.epsilon()
+
+
+FULL = PrivacyPlan(num_examples=5000, sampling_rate=1.0, steps=2, noise_multiplier=20.0, target_epsilon=2.0, delta=1e-5)
+
+
+def test_earlier_runs_cost_what_dp_accounting_says_of_all_events():
+    earlier = (FULL, dataclasses.replace(FULL, sampling_rate=0.1, steps=30, noise_multiplier=2.0))
+    plan = dataclasses.replace(FULL, sampling_rate=0.05, steps=40, noise_multiplier=1.5, earlier=earlier)
+    accountant = PLDAccountant()
+    for q, noise, steps in ((1.0, 20.0, 2), (0.1, 2.0, 30), (0.05, 1.5, 40)):
+        accountant.compose(dp_event.PoissonSampledDpEvent(q, dp_event.GaussianDpEvent(noise)), steps)
+    alone = dataclasses.replace(plan, earlier=())
+    assert plan.epsilon() == round_up(accountant.get_epsilon(1e-5)) > alone.epsilon() > 0
+    assert plan.epsilon(0) == dataclasses.replace(earlier[1], earlier=earlier[:1]).epsilon() < plan.epsilon(1)
+    assert plan.profile(40, [1e-5]) == [{"delta": 1e-5, "epsilon": plan.epsilon()}]
+
+
+@pytest.mark.parametrize("sampling", ["poisson", "single_pass"])
+def test_runs_on_full_batches_are_one_gaussian(sampling):
+    first = dataclasses.replace(FULL, sampling=sampling)
+    both = dataclasses.replace(first, steps=3, noise_multiplier=30.0, earlier=(first,))
+    exact = gaussian_epsilon(1 / math.sqrt(2 / 20**2 + 3 / 30**2), 1e-5)
+    assert both.epsilon() == pytest.approx(exact, abs=3e-4)
+    assert both.epsilon_without_amplification() == pytest.approx(exact, abs=1.1e-4)
+    assert both.epsilon_without_amplification(0) == first.epsilon_without_amplification()
+
+
+@pytest.mark.parametrize("share", [0.3, 0.97])
+def test_a_budget_pays_for_earlier_runs_and_is_not_exceeded(share):
+    def plan(earlier=()):
+        return PrivacyBudget(1.0, 1e-5).calibrate(num_examples=5000, sampling_rate=0.1, steps=20, earlier=earlier)
+
+    first = PrivacyBudget(share, 1e-5).calibrate(num_examples=5000, sampling_rate=1.0, steps=1)
+    second = plan([first])
+    assert second.earlier == (first,) and second.epsilon(0) == first.epsilon()
+    assert second.noise_multiplier > plan().noise_multiplier
+    assert 1.0 - 0.005 * (1.0 - share) - 1e-4 <= second.epsilon() <= 1.0
+    with pytest.raises(ValueError, match="epsilon=1.0 is the budget of all runs.*earlier ones cost .*choose a larger"):
+        plan([first] * 12)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"num_examples": 4000}, "num_examples=5000, but an earlier run had 4000: .*same units only; train on"),
+        ({"sampling": "single_pass"}, "'poisson' is accounted under add-or-remove-one, .*'single_pass' under zero-out"),
+        ({"earlier": (FULL,)}, "an earlier run has 1 earlier runs of its own; list them beside it"),
+    ],
+)
+def test_earlier_runs_that_do_not_fit_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(FULL, earlier=(dataclasses.replace(FULL, **changes),))
+
+
+def test_plans_with_earlier_runs_survive_json_and_others_are_written_as_before():
+    plan = dataclasses.replace(FULL, steps=5, earlier=(FULL, FULL))
+    assert PrivacyPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    assert event_from_dict(json.loads(json.dumps(event_to_dict(plan.event())))) == plan.event()
+    assert "earlier" not in FULL.to_dict() and FULL.to_dict() in plan.to_dict()["earlier"]
+    assert isinstance(FULL.event(), dp_event.SelfComposedDpEvent)
+    truncated = dp_event.TruncatedSubsampledGaussianDpEvent(5000, 0.05, 400, 2.0)
+    with pytest.raises(ValueError, match="under zero-out-one only"):
+        epsilon_of(dp_event.ComposedDpEvent((FULL.event(), dp_event.SelfComposedDpEvent(truncated, 2))), 1e-5)
 
 
 @pytest.mark.parametrize("noise_multiplier", [0.3, 1.0, 4.0])

@@ -1,9 +1,10 @@
 """What follows from a guarantee for attackers and groups: closed forms, the known truth, and monotony."""
 
+import dataclasses
 import math
 
 import pytest
-from card_reports import PLAN, PLANS, SINGLE_PASS, TRUNCATED
+from card_reports import COMPOSED, PLAN, PLANS, SINGLE_PASS, TRUNCATED
 from scipy.stats import norm
 
 from hf_spectral_dp.privacy.budget import PrivacyPlan, gaussian_epsilon
@@ -21,8 +22,17 @@ def test_mu_by_hand():
     assert gaussian_dp(SINGLE_PASS) == 0.1572  # two passes began: sqrt(2) / 9 = 0.15713...
 
 
+def test_with_earlier_runs_the_squares_of_mu_add_up():
+    assert gaussian_dp(COMPOSED) == pytest.approx(math.sqrt(4 / 5**2 + 2 / 20**2 + 3 / 8**2), abs=1e-4)
+    assert gaussian_dp(COMPOSED, steps=0) == pytest.approx(math.sqrt(2 / 20**2 + 3 / 8**2), abs=1e-4)
+    truncated = dataclasses.replace(TRUNCATED, earlier=(SINGLE_PASS, TRUNCATED))
+    assert gaussian_dp(truncated) == pytest.approx(math.sqrt(2 * 0.8**2 + 2 / 9**2), abs=1e-4)
+    first, alone = attack_bounds(COMPOSED, 0), attack_bounds(PLAN)
+    assert max(first["advantage"], alone["advantage"]) < attack_bounds(COMPOSED)["advantage"]
+
+
 def test_mu_dominates_epsilon_without_amplification():
-    for plan in PLANS:
+    for plan in [*PLANS, COMPOSED]:
         assert gaussian_epsilon(1 / gaussian_dp(plan), plan.delta) >= plan.epsilon_without_amplification() - 1e-4
 
 

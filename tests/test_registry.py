@@ -4,7 +4,7 @@ import re
 
 import pytest
 import yaml
-from card_reports import PLANS, changed, report
+from card_reports import COMPOSED, PLANS, changed, report
 from jsonschema import Draft7Validator
 
 from hf_spectral_dp import registry
@@ -25,7 +25,7 @@ def fields_of_tier(node: dict, path: tuple = ()) -> list[tuple]:
     return found
 
 
-@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.sampling)
+@pytest.mark.parametrize("plan", [*PLANS, COMPOSED], ids=["poisson", "truncated", "single_pass", "composed"])
 def test_the_record_is_a_whole_tier_3_record(plan):
     record = yaml.safe_load(registry_yaml(registry_record(PrivacyCard(report(plan)), **GIVEN)))
     schema = registry._schema()
@@ -42,6 +42,8 @@ def test_the_record_is_a_whole_tier_3_record(plan):
     loss = record["deployment"]["privacy_loss"]
     assert loss["privacy_parameters"] == {"epsilon": plan.epsilon(), "delta": plan.delta}
     assert plan.adjacency in loss["privacy_unit_details"]
+    composition = record["deployment"]["accounting"]["composition"]
+    assert composition.count("steps charged by an earlier run") == len(plan.earlier)
     assert "private test split" in record["deployment"]["dp_variant"]["unprotected_quantities"]
 
 

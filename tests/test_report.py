@@ -7,7 +7,7 @@ import subprocess
 from html.parser import HTMLParser
 
 import pytest
-from card_reports import changed, report
+from card_reports import COMPOSED, changed, report
 from PIL import Image
 from test_assessment import owners_assessment, strangers_assessment
 
@@ -95,6 +95,12 @@ def test_private_pictures_and_warnings_only_where_they_belong(strangers):
     text = " ".join(read(render_report(strangers, report())).words)
     assert "(private)" not in text and "For the owner of the data" not in text and "Only their owner" not in text
     assert "not looked for" in text
+
+
+def test_earlier_runs_are_on_the_page_and_in_its_figures(strangers):
+    text = " ".join(read(render_report(strangers, report(COMPOSED))).words)
+    assert f"ε = {COMPOSED.epsilon():.3g}" in text and text.count("Of an earlier run on the same data") == 2
+    assert "Of an earlier run" not in " ".join(read(render_report(strangers, report())).words)
 
 
 def test_a_generator_of_public_images_claims_nothing(strangers):

@@ -13,7 +13,7 @@ from .privacy.budget import PrivacyPlan, event_to_dict
 from .privacy.consequences import attack_bounds, gaussian_dp, group_epsilons
 from .privacy.noise import describe_randomness
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 _MECHANISMS = {
     "poisson": "DP-SGD (Poisson-subsampled Gaussian mechanism)",
@@ -41,7 +41,9 @@ def statement(report: Mapping[str, Any]) -> str:
     """The guarantee in one sentence, from the other fields of a report."""
     claim, unit = report["claim"], report["unit"]["definition"]
     change = _CHANGES[report["adjacency"]["relation"]].format(unit)
-    return f"Training was (ε = {claim['epsilon']}, δ = {claim['delta']})-differentially private under {change}."
+    earlier = len(report["mechanism"]["earlier_runs"])
+    runs = f", together with {earlier} earlier private run{'s' * (earlier > 1)} on the same data," if earlier else ""
+    return f"Training{runs} was (ε = {claim['epsilon']}, δ = {claim['delta']})-differentially private under {change}."
 
 
 def run_report(
@@ -55,6 +57,7 @@ def run_report(
     noise_source: Any,
     training: Mapping[str, Any],
     post_processing: Sequence[str] = (),
+    earlier_runs: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """The sections of `privacy.json` that a run knows; plain JSON values.
 
@@ -68,6 +71,7 @@ def run_report(
         noise_source: `GaussianNoise.source`.
         training: the section `training` of the schema.
         post_processing: what was computed from the noisy steps, in words.
+        earlier_runs: {"clipping_norm", "ledger_head"} of every run of `plan.earlier`, in its order.
     """
     logged = bool(training["private_loss_logged"])
     report: dict[str, Any] = {
@@ -118,6 +122,18 @@ def run_report(
             "empty_batches": "noise is added and the step charged, as for any other batch",
             "planned_steps": plan.steps,
             "charged_steps": charged,
+            "earlier_runs": [
+                {
+                    "sampling": run.sampling,
+                    "rate": run.sampling_rate,
+                    "max_batch_size": run.max_batch_size,
+                    "noise_multiplier": run.noise_multiplier,
+                    "steps": run.steps,
+                    "clipping_norm": sealed["clipping_norm"],
+                    "ledger_head": sealed["ledger_head"],
+                }
+                for run, sealed in zip(plan.earlier, earlier_runs, strict=True)
+            ],
         },
         "sampling": {
             "assumed": plan.sampling,
@@ -133,7 +149,8 @@ def run_report(
             "version": metadata.version("dp-accounting"),
             "grid": 1e-4,
             "pessimistic": True,
-            "composition": _COMPOSITIONS[plan.sampling],
+            "composition": _COMPOSITIONS[plan.sampling]
+            + ("; adaptive sequential composition with the earlier runs on the same data" if plan.earlier else ""),
             "event": event_to_dict(plan.event(charged)),
             "ledger": {"records": charged, "head": ledger_head},
         },
@@ -141,14 +158,18 @@ def run_report(
         "training": dict(training),
         "stages": [
             {"name": "start from public weights", "private": False, "note": "see public data"},
+            *({"name": f"earlier private run {number} on the same data", "private": True,
+               "note": "costs a part of the claim; see the mechanism"} for number in range(1, 1 + len(plan.earlier))),
             {"name": "fine-tuning on the private data", "private": True,
-             "note": "costs the whole claim; the weights of all steps are covered, so optimizer, schedule and"
-             " checkpoints are post-processing"},
+             "note": f"costs the {'rest of the' if plan.earlier else 'whole'} claim; the weights of all steps are"
+             " covered, so optimizer, schedule and checkpoints are post-processing"},
             *({"name": step, "private": False, "note": "post-processing of the steps"} for step in post_processing),
             {"name": "sampling and super-resolution", "private": False,
              "note": "post-processing: any number of images, at no further cost"},
         ],
         "data_accesses": [
+            *({"what": f"earlier private run {number}, by clipped and noisy sums only", "accounted": True,
+               "released": True} for number in range(1, 1 + len(plan.earlier))),
             {"what": "fine-tuning, by clipped and noisy sums only", "accounted": True, "released": True},
             *([{"what": "the loss on private rows was logged during training", "accounted": False, "released": True}]
               if logged else []),

@@ -105,7 +105,12 @@ def registry_record(
                     f"{stage['name']} ({stage['note']})" for stage in report["stages"] if not stage["private"]
                 ),
                 "composition": f"{accounting['composition']}, by privacy loss distributions ({accounting['library']}"
-                f" {accounting['version']}); {mechanism['charged_steps']} steps charged",
+                f" {accounting['version']}); {mechanism['charged_steps']} steps charged"
+                + "".join(
+                    f"; {run['steps']} steps charged by an earlier run, {run['sampling']} at rate {run['rate']}, noise"
+                    f" multiplier {run['noise_multiplier']}, clipping norm {run['clipping_norm']}"
+                    for run in mechanism["earlier_runs"]
+                ),
             },
             "implementation": {
                 "preprocessing_and_hyperparameter_tuning": f"{tuning['statement']} Looked at: {tuning['data']} data;"

@@ -92,15 +92,29 @@ def plan_of(report: Mapping[str, Any]) -> PrivacyPlan:
         ValueError: there is no such plan.
     """
     claim, mechanism, sampling = report["claim"], report["mechanism"], report["sampling"]
+    common = {
+        "num_examples": report["adjacency"]["num_units"],
+        "target_epsilon": claim["epsilon"],
+        "delta": claim["delta"],
+    }
     return PrivacyPlan(
-        num_examples=report["adjacency"]["num_units"],
+        **common,
         sampling_rate=sampling["rate"],
         steps=mechanism["planned_steps"],
         noise_multiplier=mechanism["noise_multiplier"],
-        target_epsilon=claim["epsilon"],
-        delta=claim["delta"],
         sampling=sampling["used"],
         max_batch_size=sampling["max_batch_size"],
+        earlier=tuple(
+            PrivacyPlan(
+                **common,
+                sampling_rate=run["rate"],
+                steps=run["steps"],
+                noise_multiplier=run["noise_multiplier"],
+                sampling=run["sampling"],
+                max_batch_size=run["max_batch_size"],
+            )
+            for run in mechanism["earlier_runs"]
+        ),
     )
 
 
@@ -201,6 +215,9 @@ def _against_each_other(report: dict[str, Any]) -> list[str]:
                 f"utility[{index}].accounted=True with private=True: no plan of this package pays for a measurement on"
                 " private images; say false"
             )
+    heads = [run["ledger_head"] for run in mechanism["earlier_runs"]] + [report["accounting"]["ledger"]["head"]]
+    if repeated := sorted({head for head in heads if heads.count(head) > 1}):
+        problems.append(f"mechanism.earlier_runs: {', '.join(repeated)} ends more than one run; list every run once")
     paths = [entry["path"] for entry in report.get("released", [])]
     if repeated := sorted({path for path in paths if paths.count(path) > 1}):
         problems.append(f"released lists {', '.join(repeated)} more than once; a file has one hash")

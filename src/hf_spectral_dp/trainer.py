@@ -24,7 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from .batches import BatchLoader, count_units
 from .checkpoint_files import CheckpointError, clear_staging, newest_whole, verify
 from .privacy.clipping import PerExampleClipper
-from .privacy.ledger import PrivacyLedger
+from .privacy.ledger import LedgerError, PrivacyLedger
 from .privacy.mechanism import NoisyClippedMean
 from .privacy.noise import system_generator
 from .privacy_report import run_report
@@ -56,16 +56,19 @@ class DPTrainer(QuietTrainer):
     Formal guarantee: the sequence of all weights, of all checkpoints and of everything logged is
     (`privacy_report()["claim"]["epsilon"]`, delta)-differentially private for one unit of `train_dataset` under
     `plan.adjacency`, by `PrivacyPlan` and post-processing. Assumptions: the number of units and all arguments are
-    public and were not chosen by looking at the rows; the model was not trained on them before; `per_example_loss` of a
-    row depends on that row and the weights alone; the text encoder is public, too; the time a step takes is not
+    public and were not chosen by looking at the rows; whatever was trained on them before, the model included, was
+    trained by the runs of `args.earlier_ledgers`, whose units are the same; `per_example_loss` of a row depends on that
+    row, the weights and releases of those runs alone; the text encoder is public, too; the time a step takes is not
     observed; `privacy_ledger.jsonl` and the checkpoints' optimizer states are covered by the guarantee, the token store
     is not. Which rows are shown without text is decided for each by a coin of its own, from the generator that draws
     batches; given all coins, every row is one fixed row, so the guarantee holds for each way they can fall, and by
     joint convexity for the mixture.
 
     Raises:
-        ValueError: data that cannot be sampled as `args.sampling` says, arguments that cannot work, or a trainable
-            parameter whose per-example gradient no rule gives; all before any row is read.
+        ValueError: data that cannot be sampled as `args.sampling` says, arguments that cannot work, earlier runs that
+            do not fit or leave nothing of the budget, or a trainable parameter whose per-example gradient no rule
+            gives; all before any row is read.
+        LedgerError: a ledger of `args.earlier_ledgers` is missing or altered, or a run would be counted twice.
     """
 
     args: DPTrainingArguments
@@ -87,7 +90,8 @@ class DPTrainer(QuietTrainer):
                 f"{started} processes were started, but this one sees {args.world_size}: each would train alone. On a"
                 " machine without GPUs, set use_cpu=True."
             )
-        self.plan = args.plan(count_units(train_dataset, args))
+        self._earlier = args.earlier_runs()
+        self.plan = args.plan(count_units(train_dataset, args), [run["plan"] for run in self._earlier])
         self._batches = BatchLoader(
             train_dataset, self.plan, args.process_index, args.world_size, lambda: self._charged
         )
@@ -133,8 +137,8 @@ class DPTrainer(QuietTrainer):
 
         Raises:
             ValueError: `get_train_dataloader` was replaced, or a run with sampling="single_pass" is resumed.
-            LedgerError: a new run in a folder that already holds a ledger, or a resumed run whose ledger is missing,
-                altered, behind the checkpoint, or of another plan or data set.
+            LedgerError: a new run in a folder that already holds a ledger, a resumed run whose ledger is missing,
+                altered, behind the checkpoint, or of another plan or data set, or an earlier run that went on.
             CheckpointError: the checkpoint to resume from is damaged, or one could not be saved.
         """
         self.check_quiet()
@@ -142,7 +146,8 @@ class DPTrainer(QuietTrainer):
         if resume_from_checkpoint and self.plan.sampling == "single_pass":
             raise ValueError(
                 "sampling='single_pass' cannot be resumed: where the stream stood is not known, and a row must not be"
-                " used twice in a pass. The last checkpoint is private as it is; or start a new run and add up both."
+                " used twice in a pass. The last checkpoint is private as it is; or start a new run, with this run's"
+                " ledger in earlier_ledgers."
             )
         step = self.on_first(lambda: self._begin(resume_from_checkpoint))
         self._charged = self.from_first(self._charged)
@@ -228,6 +233,11 @@ class DPTrainer(QuietTrainer):
             state = verify(path)
         if state is not None and self._average and _AVERAGE not in state["files"]:
             raise CheckpointError(f"{path} holds no averaged weights; resume with ema_decay=0, as it was saved.")
+        if self.args.earlier_runs() != self._earlier:
+            raise LedgerError(
+                "earlier_ledgers were charged since this trainer was made, so its plan counts too little; let those"
+                " runs end, then make the trainer again."
+            )
         header = {
             "plan": self.plan.to_dict(),
             "clipping_norm": self.args.clipping_norm,
@@ -236,6 +246,8 @@ class DPTrainer(QuietTrainer):
             "noise": self._noise.source,
             "log_private_loss": self.args.log_private_loss,
         }
+        if self._earlier:  # not an empty list: ledgers that were begun before there was one can still be continued
+            header["earlier_runs"] = self._sealed_earlier()
         if resume:
             head = state["ledger_head"] if state else None
             self._ledger = PrivacyLedger.open(folder / LEDGER, header, self.plan.steps, expected_head=head)
@@ -277,8 +289,12 @@ class DPTrainer(QuietTrainer):
 
     @property
     def epsilon_spent(self) -> float:
-        """Epsilon of all steps charged so far, at the plan's delta, rounded up."""
+        """Epsilon of all earlier runs and all steps charged so far, at the plan's delta, rounded up."""
         return self.plan.epsilon(self._charged)
+
+    def _sealed_earlier(self) -> list[dict[str, Any]]:
+        """What of the earlier runs the plan does not hold, in its order; plain JSON values."""
+        return [{name: value for name, value in run.items() if name != "plan"} for run in self._earlier]
 
     def merged_model(self) -> PreTrainedModel:
         """The trained model, adapters merged into its weights."""
@@ -300,6 +316,7 @@ class DPTrainer(QuietTrainer):
             unit=getattr(self.train_dataset, "unit", "one row of the training data (one image with its label)"),
             person=getattr(self.train_dataset, "units", None) is not None,
             noise_source=self._noise.source,
+            earlier_runs=self._sealed_earlier(),
             training={
                 "trainable_parameters": sum(parameter.numel() for parameter in self._clipper.parameters.values()),
                 "adapter": {"type": "lora", "rank": args.lora_rank} if args.lora_rank else None,

@@ -1,13 +1,16 @@
 """What a user asks of a private training run; everything else is `transformers.TrainingArguments`."""
 
+import dataclasses
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
 
 from .privacy.budget import SAMPLING, PrivacyBudget, PrivacyPlan
+from .privacy.ledger import LedgerError, read_ledger
 
 # The trackers of transformers that can upload checkpoints: the variable that decides, and what holds without it.
 _UPLOADS = {
@@ -28,9 +31,10 @@ class DPTrainingArguments(TrainingArguments):
 
     What fixes the guarantee: `target_epsilon`, `target_delta`, `clipping_norm`, `expected_batch_size` or
     `sampling_rate`, `sampling` with `max_batch_size`, and `max_steps` or `num_train_epochs` (an epoch is
-    1 / sampling_rate steps; with sampling="single_pass" it is one pass). `micro_batch_size` changes speed and memory
-    only. Learning rate, schedule and optimizer are those of transformers; they cost no privacy as long as they were not
-    chosen by looking at the private data.
+    1 / sampling_rate steps; with sampling="single_pass" it is one pass). With `earlier_ledgers` it is the guarantee of
+    this run and of those together; they must have ended. `micro_batch_size` changes speed and memory only. Learning
+    rate, schedule and optimizer are those of transformers; they cost no privacy as long as they were not chosen by
+    looking at the private data.
 
     Raises:
         ValueError: a value that cannot work, or a transformers option that would break the guarantee or publish what
@@ -38,7 +42,7 @@ class DPTrainingArguments(TrainingArguments):
     """
 
     target_epsilon: float | None = field(
-        default=None, metadata={"help": "Epsilon that the whole run may spend, e.g. 8. Required."}
+        default=None, metadata={"help": "Epsilon that the run and all earlier ones may spend, e.g. 8. Required."}
     )
     target_delta: float | None = field(
         default=None, metadata={"help": "Delta, below 1/N. Default: the smaller of 1/(10 N) and N**-1.1."}
@@ -65,6 +69,13 @@ class DPTrainingArguments(TrainingArguments):
     )
     num_examples: int | None = field(
         default=None, metadata={"help": "Rows of a stream without a length, for single_pass; a public number."}
+    )
+    earlier_ledgers: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Ledgers of earlier private runs on the same data with the same privacy unit. What they spent is"
+            " part of target_epsilon, and the claim is that of all runs together. They must have ended."
+        },
     )
     micro_batch_size: int = field(
         default=128, metadata={"help": "Examples per forward pass and process; for memory and speed only."}
@@ -180,11 +191,55 @@ class DPTrainingArguments(TrainingArguments):
         """What is pickled, into `training_args.bin` for instance: all but tokens of the Hub, which are passwords."""
         return {name: None if name.endswith("_token") else value for name, value in self.__dict__.items()}
 
-    def plan(self, num_examples: int) -> PrivacyPlan:
-        """The calibrated plan for that many private units: how much noise this run needs.
+    def earlier_runs(self) -> list[dict[str, Any]]:
+        """What `earlier_ledgers` say now, one entry for each run that was charged, those that they counted included.
+
+        Returns:
+            [{"plan": its `PrivacyPlan` with the steps that were charged, "clipping_norm", "ledger_head"}, ...].
 
         Raises:
-            ValueError: a batch larger than the data, delta not below 1/N, or no number of steps.
+            LedgerError: a ledger is missing or altered, states no plan, or counts a run that another one counts.
+        """
+        runs: list[dict[str, Any]] = []
+        for path in self.earlier_ledgers or ():
+            ledger = read_ledger(path)
+            header = ledger["header"]
+            try:
+                plan = PrivacyPlan.from_dict(header["plan"])
+                before = [
+                    {"plan": run, **sealed}
+                    for run, sealed in zip(plan.earlier, header.get("earlier_runs", ()), strict=True)
+                ]
+                own = {
+                    "plan": dataclasses.replace(plan, steps=ledger["charged"], earlier=()),
+                    "clipping_norm": float(header["clipping_norm"]),
+                    "ledger_head": ledger["head"],
+                }
+            except (KeyError, TypeError, ValueError) as error:
+                raise LedgerError(
+                    f"{path} does not say what its charges cost ({error!r}); name the ledger of a DPTrainer run, or one"
+                    " whose header holds clipping_norm and, as plan, PrivacyPlan.to_dict()."
+                ) from error
+            for run in [*before, *([own] if ledger["charged"] else [])]:
+                if run["ledger_head"] in [known["ledger_head"] for known in runs]:
+                    raise LedgerError(
+                        f"{path} counts the run that ends at {run['ledger_head'][:12]}..., which is counted already;"
+                        " name every run once in earlier_ledgers, and none that another of them counts."
+                    )
+                runs.append(run)
+        return runs
+
+    def plan(self, num_examples: int, earlier: Sequence[PrivacyPlan] | None = None) -> PrivacyPlan:
+        """The calibrated plan for that many private units: how much noise this run needs.
+
+        Args:
+            num_examples: units of the private data.
+            earlier: plans of the earlier runs; by default those of `earlier_runs()`.
+
+        Raises:
+            ValueError: a batch larger than the data, delta not below 1/N, no number of steps, or earlier runs that do
+                not fit or leave nothing of the budget.
+            LedgerError: as `earlier_runs`.
         """
         if self.expected_batch_size is not None and self.expected_batch_size > num_examples >= 1:
             raise ValueError(
@@ -206,6 +261,7 @@ class DPTrainingArguments(TrainingArguments):
             steps=steps,
             sampling=self.sampling,
             max_batch_size=self.max_batch_size,
+            earlier=[run["plan"] for run in self.earlier_runs()] if earlier is None else earlier,
         )
 
 

@@ -87,12 +87,29 @@ def ledger_contradictions(report: Mapping[str, Any], path: str | Path | None = N
         found.append(f"{path} ends at {ledger['head']}, but the card says {head}: it is not the ledger of this card.")
     if ledger["charged"] != charged:
         found.append(f"{path} holds {ledger['charged']} charges, but mechanism.charged_steps={charged}.")
-    implied = {**plan_of(report).to_dict(), "clipping_norm": report["mechanism"]["clipping_norm"]}
-    header = {**ledger["header"].get("plan", {}), "clipping_norm": ledger["header"].get("clipping_norm")}
-    for name in sorted(implied.keys() - {"target_epsilon"}):  # what was asked for, not what was spent
+    mechanism = report["mechanism"]
+    sealed = [{name: run[name] for name in ("clipping_norm", "ledger_head")} for run in mechanism["earlier_runs"]]
+    implied = _spent(
+        {"plan": plan_of(report).to_dict(), "clipping_norm": mechanism["clipping_norm"], "earlier_runs": sealed}
+    )
+    header = _spent(ledger["header"])
+    for name in sorted(implied):
         if header.get(name) != implied[name]:
             found.append(f"{path} was opened for {name}={header.get(name)}, but the card says {implied[name]}.")
     return found
+
+
+def _spent(header: Mapping[str, Any]) -> dict[str, Any]:
+    """What the header of a ledger says of its charges, and not of what was asked for."""
+    plan = header.get("plan", {})
+    asked = ("target_epsilon", "delta")
+    earlier = [{name: run[name] for name in run if name not in asked} for run in plan.get("earlier", [])]
+    return {
+        **{name: plan[name] for name in plan if name != "target_epsilon"},
+        "clipping_norm": header.get("clipping_norm"),
+        "earlier": earlier,
+        "earlier_runs": header.get("earlier_runs", []),
+    }
 
 
 def file_contradictions(report: Mapping[str, Any], folder: Path) -> list[str]:

@@ -80,8 +80,9 @@ def epsilon_of(
     """
     if adjacency not in _RELATIONS:
         raise ValueError(f"adjacency={adjacency!r} is not one of {', '.join(_RELATIONS)}.")
-    inner = getattr(event, "event", event)
-    if isinstance(inner, dp_event.TruncatedSubsampledGaussianDpEvent) and adjacency != "zero-out-one":
+    parts = event.events if isinstance(event, dp_event.ComposedDpEvent) else (event,)
+    truncated = dp_event.TruncatedSubsampledGaussianDpEvent
+    if adjacency != "zero-out-one" and any(isinstance(getattr(part, "event", part), truncated) for part in parts):
         raise ValueError(f"adjacency={adjacency!r}: truncated Poisson sampling is accounted under zero-out-one only.")
     return _epsilon(event, delta, adjacency, grid)
 
@@ -110,12 +111,15 @@ def gaussian_epsilon(noise_multiplier: float, delta: float) -> float:
 
 
 def event_to_dict(event: dp_event.DpEvent) -> dict[str, Any]:
-    """Plain JSON form of an event: {"type": class name, field: value or nested event}."""
-    fields: dict[str, Any] = {"type": type(event).__name__}
-    for name in event.__attrs_attrs__:
-        value = getattr(event, name.name)
-        fields[name.name] = event_to_dict(value) if isinstance(value, dp_event.DpEvent) else value
-    return fields
+    """Plain JSON form of an event: {"type": class name, field: value, nested event or list of events}."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return event_to_dict(value) if isinstance(value, dp_event.DpEvent) else value
+
+    fields = {name.name: plain(getattr(event, name.name)) for name in event.__attrs_attrs__}
+    return {"type": type(event).__name__, **fields}
 
 
 _EVENTS = (
@@ -123,6 +127,7 @@ _EVENTS = (
     "PoissonSampledDpEvent",
     "TruncatedSubsampledGaussianDpEvent",
     "SelfComposedDpEvent",
+    "ComposedDpEvent",
     "NoOpDpEvent",
 )
 
@@ -137,9 +142,14 @@ def event_from_dict(fields: Mapping[str, Any]) -> dp_event.DpEvent:
     name = values.pop("type", None)
     if name not in _EVENTS:
         raise ValueError(f"event type {name!r} is not one of {', '.join(_EVENTS)}.")
-    arguments = {key: event_from_dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+
+    def built(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return tuple(built(item) for item in value)  # not a list, which has no hash
+        return event_from_dict(value) if isinstance(value, Mapping) else value
+
     try:
-        return getattr(dp_event, name)(**arguments)
+        return getattr(dp_event, name)(**{key: built(value) for key, value in values.items()})
     except TypeError as error:
         raise ValueError(f"event {name} with fields {sorted(values)}: {error}.") from error
 
@@ -154,10 +164,12 @@ class PrivacyPlan:
             independently; with "single_pass" merely the share of the rows that one batch holds.
         steps: number of noisy sums that may be released.
         noise_multiplier: standard deviation of the noise on the clipped sum over the clipping norm.
-        target_epsilon: what the user asked for; `epsilon()` never exceeds it.
+        target_epsilon: what the user asked for, earlier runs included; `epsilon()` never exceeds it.
         delta: the delta at which epsilon is stated.
         sampling: a key of `SAMPLING`.
         max_batch_size: the largest batch of "truncated_poisson"; None otherwise.
+        earlier: plans of earlier runs on the same units, `steps` being those that were charged; every figure of this
+            plan is that of all runs together.
 
     Formal guarantee: release `steps` sums of per-unit vectors of Euclidean norm at most C, each plus
     N(0, (noise_multiplier C)^2) on every coordinate, over batches that are formed as `sampling` says and stay secret.
@@ -172,9 +184,14 @@ class PrivacyPlan:
             the others do not, so a pass is one Gaussian mechanism (parallel composition, McSherry, SIGMOD 2009, also
             with adaptive steps), and k steps are ceil(k / steps_per_pass) of them. No amplification is claimed. Under
             adding or removing a row this would be false: every later row would move to another place.
+    With *earlier* runs the guarantee is that of their releases and these together, by adaptive sequential composition
+    on the same units under one neighbouring relation: a vector may depend on all that was released before, in its own
+    run or an earlier one. Assumption, as within one run: the constants of all plans do not depend on what was released
+    (numeric composition is proven for mechanisms that are fixed beforehand).
 
     Raises:
-        ValueError: an unknown sampling, or constants that do not fit it.
+        ValueError: an unknown sampling, constants that do not fit it, or earlier runs of other units, of another
+            neighbouring relation, or with earlier runs of their own.
     """
 
     num_examples: int
@@ -185,6 +202,7 @@ class PrivacyPlan:
     delta: float
     sampling: str = "poisson"
     max_batch_size: int | None = None
+    earlier: tuple["PrivacyPlan", ...] = ()
 
     def __post_init__(self) -> None:
         size, expected = self.max_batch_size, self.expected_batch_size
@@ -204,6 +222,22 @@ class PrivacyPlan:
             raise ValueError(
                 f"expected_batch_size={expected:g} must be a whole number of rows with sampling='single_pass'."
             )
+        for run in self.earlier:
+            if run.num_examples != self.num_examples:
+                raise ValueError(
+                    f"num_examples={self.num_examples}, but an earlier run had {run.num_examples}: costs add up for the"
+                    " same units only; train on the data and with the privacy unit of the earlier run."
+                )
+            if run.adjacency != self.adjacency:
+                raise ValueError(
+                    f"sampling={self.sampling!r} is accounted under {self.adjacency}, but an earlier run's"
+                    f" {run.sampling!r} under {run.adjacency}: one claim needs one relation; choose a sampling that"
+                    " is accounted under that of the earlier run."
+                )
+            if run.earlier:
+                raise ValueError(
+                    f"an earlier run has {len(run.earlier)} earlier runs of its own; list them beside it instead."
+                )
 
     @property
     def adjacency(self) -> str:
@@ -220,14 +254,25 @@ class PrivacyPlan:
         """Batches in which "single_pass" takes every row once."""
         return math.ceil(self.num_examples / round(self.expected_batch_size))
 
-    def event(self, steps: int | None = None) -> dp_event.DpEvent:
-        """The event of `steps` steps (default: all)."""
+    def sums_per_unit(self, steps: int | None = None) -> int:
+        """The noisy sums that one unit may be in after `steps` steps (default: all) of this run alone."""
         count = self.steps if steps is None else steps
+        return math.ceil(count / self.steps_per_pass) if self.sampling == "single_pass" else count
+
+    def event(self, steps: int | None = None) -> dp_event.DpEvent:
+        """The event of `steps` steps (default: all), after those of all earlier runs."""
+        own = self._own_event(self.steps if steps is None else steps)
+        if not self.earlier:
+            return own
+        events = (*(run.event() for run in self.earlier), own)  # a tuple, because a list has no hash
+        return dp_event.ComposedDpEvent(tuple(event for event in events if event != dp_event.NoOpDpEvent()))
+
+    def _own_event(self, count: int) -> dp_event.DpEvent:
         if count == 0:
             return dp_event.NoOpDpEvent()
         gaussian = dp_event.GaussianDpEvent(self.noise_multiplier)
         if self.sampling == "single_pass":
-            return dp_event.SelfComposedDpEvent(gaussian, math.ceil(count / self.steps_per_pass))
+            return dp_event.SelfComposedDpEvent(gaussian, self.sums_per_unit(count))
         if self.sampling == "truncated_poisson":
             return dp_event.SelfComposedDpEvent(
                 dp_event.TruncatedSubsampledGaussianDpEvent(
@@ -238,7 +283,7 @@ class PrivacyPlan:
         return dp_event.SelfComposedDpEvent(dp_event.PoissonSampledDpEvent(self.sampling_rate, gaussian), count)
 
     def epsilon(self, steps: int | None = None) -> float:
-        """Epsilon spent after `steps` steps (default: all), rounded up to four decimals; 0 after none."""
+        """Epsilon spent after `steps` steps (default: all), rounded up to four decimals; 0 after none at all."""
         return epsilon_of(self.event(steps), self.delta, self.adjacency)
 
     def profile(self, steps: int | None = None, deltas: Sequence[float] | None = None) -> list[dict[str, float]]:
@@ -252,21 +297,19 @@ class PrivacyPlan:
 
         With "single_pass" that observer learns nothing new, and this is `epsilon` by its closed form.
         """
-        count = self.steps if steps is None else steps
-        if count == 0:
-            return 0.0
-        if self.sampling == "single_pass":
-            count = math.ceil(count / self.steps_per_pass)
-        return gaussian_epsilon(self.noise_multiplier / math.sqrt(count), self.delta)  # k Gaussians are one
+        own = self.sums_per_unit(steps) / self.noise_multiplier**2
+        precision = own + sum(run.sums_per_unit() / run.noise_multiplier**2 for run in self.earlier)
+        return gaussian_epsilon(1 / math.sqrt(precision), self.delta) if precision else 0.0  # all Gaussians are one
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, for `from_dict`."""
-        return dataclasses.asdict(self)
+        """Plain JSON values, for `from_dict`; "earlier" only where there are any, as ledgers have always held it."""
+        fields = {**dataclasses.asdict(self), "earlier": [run.to_dict() for run in self.earlier]}
+        return {name: value for name, value in fields.items() if name != "earlier" or value}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "PrivacyPlan":
         """Inverse of `to_dict`."""
-        return cls(**fields)
+        return cls(**{**fields, "earlier": tuple(cls.from_dict(run) for run in fields.get("earlier", ()))})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,6 +345,7 @@ class PrivacyBudget:
         steps: int,
         sampling: str = "poisson",
         max_batch_size: int | None = None,
+        earlier: Sequence[PrivacyPlan] = (),
     ) -> PrivacyPlan:
         """The plan with the least noise (to about four digits, never too little) that stays within this budget.
 
@@ -311,9 +355,11 @@ class PrivacyBudget:
             steps: noisy sums to release, at least 1.
             sampling: how batches are formed; see `PrivacyPlan`.
             max_batch_size: of "truncated_poisson".
+            earlier: runs on the same units, with the steps they were charged; their cost is part of this budget.
 
         Raises:
-            ValueError: a value out of range, constants that do not fit `sampling`, or delta not below 1/N.
+            ValueError: a value out of range, constants that do not fit `sampling`, delta not below 1/N, or earlier
+                runs that do not fit or leave nothing of the budget.
         """
         if num_examples < 1:
             raise ValueError(f"num_examples={num_examples} must be at least 1.")
@@ -337,6 +383,14 @@ class PrivacyBudget:
                 delta=delta,
                 sampling=sampling,
                 max_batch_size=max_batch_size,
+                earlier=tuple(earlier),
+            )
+
+        spent = plan(1).epsilon(steps=0)
+        if spent >= self.epsilon:
+            raise ValueError(
+                f"epsilon={self.epsilon} is the budget of all runs together, and the earlier ones cost {spent} at"
+                f" delta={delta:.3g}; choose a larger epsilon, for what is spent cannot be given back."
             )
 
         def epsilon(units: int, grid: float) -> float:
@@ -348,7 +402,10 @@ class PrivacyBudget:
             while epsilon(high, grid) > self.epsilon:
                 high *= 2
                 if high > 10**10:
-                    raise ValueError(f"epsilon={self.epsilon} cannot be met with steps={steps}; ask for fewer steps.")
+                    beside = f" beside earlier runs that cost {spent}" if earlier else ""
+                    raise ValueError(
+                        f"epsilon={self.epsilon} cannot be met with steps={steps}{beside}; ask for fewer steps."
+                    )
             low = high // 2
             while low >= 2000 and epsilon(low, grid) <= self.epsilon:
                 low, high = low // 2, low
@@ -359,10 +416,12 @@ class PrivacyBudget:
 
         units = least(10_000, grid=1e-3)  # quick; mostly within a per mille of the official grid, on either side
         # Many steps may each cost less than the wide grid can tell; not with little noise, where losses are large.
-        if units > 5000 and epsilon(units, _GRID) < 0.998 * self.epsilon:
+        left = self.epsilon - spent
+        if units > 5000 and epsilon(units, _GRID) < self.epsilon - 0.002 * left:
             units = least(units, _GRID)
-        while epsilon(units, _GRID) > self.epsilon:
-            units += 1
+        while (over := epsilon(units, _GRID) - self.epsilon) > 0:
+            # Where earlier runs cost nearly all, noise changes the whole by little: a longer step, still short of it.
+            units += 1 + (int(units * over / left / 2) if earlier else 0)
         return plan(units)
 
 

@@ -23,13 +23,16 @@ def gaussian_dp(plan: PrivacyPlan, steps: int | None = None) -> float:
     which is harder to tell apart. No smaller mu holds for Poisson batches: at the smallest false positive rates the
     power of the best attack is that against k unsampled sums, times q^k, and no Gaussian of a smaller mu keeps up with
     its tail. So amplification by sampling cannot be put into mu; it is in epsilon and in the profile. A truncated batch
-    is counted twice, because a unit may take the place of another one.
+    is counted twice, because a unit may take the place of another one. With earlier runs the squares add up (Corollary
+    3.3 again).
     """
-    count = plan.steps if steps is None else steps
-    if plan.sampling == "single_pass":
-        count = math.ceil(count / plan.steps_per_pass)
-    moved = 2 if plan.sampling == "truncated_poisson" else 1
-    return round_up(moved * math.sqrt(count) / plan.noise_multiplier)
+    runs = [(run, run.sums_per_unit()) for run in plan.earlier] + [(plan, plan.sums_per_unit(steps))]
+    return round_up(math.hypot(*(_moved(run) * math.sqrt(count) / run.noise_multiplier for run, count in runs)))
+
+
+def _moved(plan: PrivacyPlan) -> int:
+    """How far one unit can move a noisy sum, in clipping norms."""
+    return 2 if plan.sampling == "truncated_poisson" else 1
 
 
 def attack_bounds(plan: PrivacyPlan, steps: int | None = None) -> dict[str, Any]:

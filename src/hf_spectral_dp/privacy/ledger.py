@@ -229,7 +229,7 @@ class PrivacyLedger:
         except FileExistsError as error:
             raise LedgerError(
                 f"{path} exists, and its charges count; continue it with PrivacyLedger.open, or give a new run on the"
-                " same data its own folder and add up what both spend."
+                " same data its own folder, with this ledger in earlier_ledgers."
             ) from error
         except OSError as error:
             raise LedgerError(f"{path} cannot be created ({error.strerror}); choose a folder that exists.") from error
