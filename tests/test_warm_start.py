@@ -27,7 +27,7 @@ def with_critic(job, tmp_path) -> dict:  # noqa: F811
         "target_epsilon": 2.0, "public": str(tmp_path / "photos"), "public_source": "noise", "max_steps": 3,
         "network": str(tmp_path / "network"), "public_steps": 3, "share": 0.2,
     }  # fmt: skip
-    return job | {"critic": section, "sampling": {"attempts": 2}}
+    return {**job, "critic": section, "sampling": {"attempts": 2}, "evaluation": {}}
 
 
 @pytest.mark.slow
