@@ -427,6 +427,14 @@ MUTANTS = (
         appended=((BUDGET, _OPTIMISTIC),),
         killers=("test_budget.py::test_the_epsilon_of_a_plan_is_that_of_the_noise_it_states",),
     ),
+    Mutant(
+        "earlier runs on the same data cost nothing",
+        replaced=((BUDGET, "        if not self.earlier:\n            return own\n", "        return own\n"),),
+        killers=(
+            "test_budget.py::test_earlier_runs_cost_what_dp_accounting_says_of_all_events",
+            "test_earlier_runs.py::test_two_runs_share_one_budget",
+        ),
+    ),
 )
 
 HARMLESS = Mutant(
