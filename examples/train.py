@@ -84,6 +84,9 @@ def read_config(path: str) -> dict[str, Any]:
             raise ValueError(f"{path}: critic lacks {sorted(missing)}; examples/configs/cifar10.yaml explains them.")
         if not config["data"].get("label_column"):
             raise ValueError(f"{path}: a critic tells classes apart, and data.label_column names none.")
+        if (sampling := config["training"].get("sampling", "poisson")) != "poisson":
+            raise ValueError(f"{path}: the critic's batches are those of sampling='poisson', and training.sampling="
+                             f"{sampling!r} is accounted under another relation; use poisson for both.")  # fmt: skip
     return config
 
 
@@ -205,7 +208,9 @@ def main() -> None:
         looks.append(f"The figures under Quality: measured on images of {section['source']}, {section['split']}.")
     models, critic = config["model"], config["critic"]
     if critic:
+        kept = f"of {pipeline.config.attempts} images drawn, the critic keeps the one that shows its class likeliest"
         run["stages"].insert(1, {"name": "learning the classes", "private": False, "note": NOTE})
+        run["stages"].append({"name": "choosing among samples", "private": False, "note": kept})
     encoder = [{"role": "text encoder", "source": models["text_encoder_source"]}] if prompts else []
     report = {
         **run,

@@ -85,6 +85,14 @@ def test_a_critic_needs_labels(with_critic, tmp_path, monkeypatch):
         run_here({**with_critic, "data": data, "evaluation": {}}, tmp_path, monkeypatch)
 
 
+def test_one_claim_needs_one_relation(with_critic, tmp_path, monkeypatch):
+    """Noticed before the critic spends, not when the plan of the training is made."""
+    training = {**with_critic["training"], "sampling": "truncated_poisson", "max_batch_size": 30}
+    with pytest.raises(ValueError, match="training.sampling='truncated_poisson' is accounted under another relation"):
+        run_here({**with_critic, "training": training}, tmp_path, monkeypatch)
+    assert not (tmp_path / "out").exists()
+
+
 def test_every_photo_stands_for_the_class_that_it_was_chosen_for(tmp_path):
     model = tiny_model().eval()
     processor = SpectralImageProcessor(image_size=16, num_channels=1)
