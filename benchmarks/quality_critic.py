@@ -16,6 +16,13 @@ from hf_spectral_dp.trainer import LEDGER
 
 SHARE = 0.1  # of the photos that are learned from for each class
 STEPS = 20  # full batches
+TEMPERATURE = 1.0
+"""Of sampling, for all scales: the nearest to the public photos that the critic chose, which looks at no private image.
+
+After private training at epsilon 10 their Frechet distance is 245 at 1, 0.3, 0.1 (coarse to fine; best for
+pictograms), 84 at 1, 0.8, 0.8, 64 at 1, and 111 at 0.8. Where the critic keeps one of five, they are 92, 79 and 73 at
+1 for the coarse tokens and 0.8, 0.9, 1 for the others.
+"""
 
 
 def critic_settings(epsilon: float) -> tuple[float, float]:
@@ -65,7 +72,7 @@ def learn_classes(
     )  # fmt: skip
     labels = (rows[:, :1] - model.config.layout.codes).float()
     DPTrainer(critic, arguments, Rows(torch.cat([labels, features(generator, critic, rows)], 1))).train()
-    generator.critic = critic.eval()
+    generator.critic, generator.temperature = critic.eval(), TEMPERATURE
     chosen = critic.likeliest(public, SHARE)
     taught = torch.cat([public_rows[chosen.flatten()], mirrored[chosen.flatten()]])
     taught[:, 0] = torch.arange(classes).repeat_interleave(chosen.shape[1]).repeat(2) + model.config.layout.codes
