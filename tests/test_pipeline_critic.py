@@ -68,6 +68,14 @@ def test_a_critic_is_saved_released_and_loaded(tmp_path):
     assert "critic/model.safetensors" in {entry["path"] for entry in hash_released(tmp_path)}
 
 
+def test_in_half_precision_the_critic_judges_in_full(tmp_path):
+    pipeline(super_resolution=super_resolution(), critic=critic(), attempts=3).save_pretrained(tmp_path)
+    half = DPSpectralPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert half.model.lm_head.weight.dtype == torch.bfloat16
+    assert {value.dtype for value in half.critic.state_dict().values() if value.is_floating_point()} == {torch.float32}
+    assert half(class_labels=[3, 4], generator=seeded()).images[0].size == (16, 16)
+
+
 def test_a_critic_judges_the_private_model_and_no_control():
     """It is private: images of a public model that it had chosen from would be no floor."""
     pipe = pipeline(scales=3, critic=critic(), attempts=3)

@@ -47,6 +47,7 @@ class ClassCritic(HubModel, PreTrainedModel):
     config_class = ClassCriticConfig
     base_model_prefix = "critic"
     main_input_name = "pixel_values"
+    _keep_in_fp32_modules_strict = ["network", "mean", "whitening", "regression"]  # a small model; half would not pay
 
     def __init__(self, config: ClassCriticConfig):
         super().__init__(config)
