@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
+from card_reports import COMPOSED, report
 from test_critic import network
 from test_pipeline_spectral import coarse_model, pipeline, seeded
 from test_pipeline_spectral import network as super_resolution
 
-from hf_spectral_dp import ClassCritic
+from hf_spectral_dp import ClassCritic, PrivacyCard
 from hf_spectral_dp.assessment import draw_images
 from hf_spectral_dp.pipeline_spectral import DPSpectralPipeline
 from hf_spectral_dp.released_files import hash_released
@@ -66,6 +67,17 @@ def test_a_critic_is_saved_released_and_loaded(tmp_path):
     images = [some(class_labels=[4, 5], generator=seeded(), output_type="latent").images for some in (pipe, again)]
     assert torch.equal(*images)
     assert "critic/model.safetensors" in {entry["path"] for entry in hash_released(tmp_path)}
+
+
+def test_a_critic_needs_a_card_that_counts_its_run(tmp_path):
+    """Private training made it: beside a card of one run alone its cost would be nowhere."""
+    pipe = pipeline(critic=critic(), attempts=3)
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"released lists a critic.*earlier_runs=\[\] counts no such run"):
+        PrivacyCard(report()).save(tmp_path)
+    assert not (tmp_path / "privacy.json").exists()
+    card = PrivacyCard(report(COMPOSED)).save(tmp_path)
+    assert card.verify(tmp_path) == []
 
 
 def test_in_half_precision_the_critic_judges_in_full(tmp_path):

@@ -221,6 +221,11 @@ def _against_each_other(report: dict[str, Any]) -> list[str]:
     paths = [entry["path"] for entry in report.get("released", [])]
     if repeated := sorted({path for path in paths if paths.count(path) > 1}):
         problems.append(f"released lists {', '.join(repeated)} more than once; a file has one hash")
+    if any(path.startswith("critic/") for path in paths) and not mechanism["earlier_runs"]:
+        problems.append(
+            "released lists a critic, which private training made, but mechanism.earlier_runs=[] counts no such run;"
+            " train the model with the critic's ledger in earlier_ledgers, or save the pipeline without the critic"
+        )
     try:
         adjacency = plan_of(report).adjacency
     except ValueError as error:
