@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_spectral_dp import ClassCritic, DPTrainer, DPTrainingArguments, SpectralConfig, SpectralTokenizerForCausalLM
+from hf_spectral_dp.critic import best_of
 
 Upscaler = Callable[[Tensor], Tensor]
 """Brings coarse images to the full size."""
@@ -75,18 +76,16 @@ class TokenGenerator:
 
     @torch.no_grad()
     def _drawn(self, labels: Tensor, generator: torch.Generator) -> Tensor:
-        candidates, scores = [], []
+        candidates = []
         for _ in range(self.attempts if self.critic is not None else 1):
             tokens = self.model.sample(
                 labels, generator=generator, temperature=self.temperature,
                 attempts=1 if self.critic is not None else self.attempts,
             )  # fmt: skip
             candidates.append(self.upscaler(self.model.decode(tokens)).cpu())
-            if self.critic is not None:
-                scores.append(self.critic(candidates[-1]).log_softmax(1).gather(1, labels[:, None].cpu()))
         if self.critic is None:
             return candidates[0]
-        return torch.stack(candidates, 1)[torch.arange(len(labels)), torch.cat(scores, 1).argmax(1)]
+        return torch.stack(candidates, 1)[torch.arange(len(labels)), best_of(self.critic, candidates, labels)]
 
     def name_classes(self) -> None:
         """After training on images without labels: every class starts from what is known of the null token."""

@@ -12,8 +12,8 @@ from these, is post-processing. Writes to the output folder, beside train.py's:
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
+from pretrain import Rows
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -30,11 +30,11 @@ CLASS_DROPOUT = 0.1  # share of rows without a class, so that the model also lea
 NOTE = "public photos that a private critic found likeliest for each class, learned by ordinary training"
 
 
-class Chosen(torch.utils.data.Dataset):
-    """Public token rows (num_classes, K), each as the class that it was chosen for or, one in ten, as none."""
+class Chosen:
+    """Public token rows (num_classes, K), each as the class that it was chosen for."""
 
     def __init__(self, store: TokenStore, indices: Tensor, model: SpectralTokenizerForCausalLM):
-        self.store, self.config = store, model.config
+        self.store, self.class_token_ids = store, model.config.class_token_ids
         self.each, self.indices = indices.shape[1], indices.flatten()
 
     def __len__(self) -> int:
@@ -42,9 +42,8 @@ class Chosen(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         row = self.store[int(self.indices[index])]
-        label = self.config.class_token_ids[index // self.each]
-        row["input_ids"][0] = self.config.null_token_id if torch.rand(()) < CLASS_DROPOUT else label
-        return {**row, "labels": row["input_ids"]}
+        row["input_ids"][0] = self.class_token_ids[index // self.each]
+        return row
 
 
 def critic_arguments(section: dict[str, Any], args: DPTrainingArguments, output: Path) -> DPTrainingArguments:
@@ -95,17 +94,18 @@ def taught(
     folder = output / "critic"
     ledger = str(folder / "training" / LEDGER)
     if (output / "public_model" / "config.json").exists():
-        known = AutoModelForCausalLM.from_pretrained(output / "public_model")
-        return known, ClassCritic.from_pretrained(folder), ledger
+        learned = AutoModelForCausalLM.from_pretrained(output / "public_model")
+        return learned, ClassCritic.from_pretrained(folder), ledger
     photos = public_rows(section, model, processor, output / "public_tokens")
-    if (folder / "config.json").exists():
+    known = (folder / "config.json").exists()
+    if known:
         critic = ClassCritic.from_pretrained(folder)
-        public = features_of_rows(photos, features_of(model.eval(), detail, critic.features))
     else:
         network = PublicFeatures(section.get("network", CHECKPOINT)).network
         critic = ClassCritic.on(network, model.config.num_classes)
-        features = features_of(model.eval(), detail, critic.features)
-        public = features_of_rows(photos, features)
+    features = features_of(model.eval(), detail, critic.features)
+    public = features_of_rows(photos, features)
+    if not known:
         critic.fit(public)
         private = DPTrainer(critic, critic_arguments(section, args, output), FeatureRows(store, model, features))
         private.train()
@@ -119,10 +119,10 @@ def taught(
         per_device_train_batch_size=128, learning_rate=1.5e-3, lr_scheduler_type="cosine", warmup_steps=150,
         weight_decay=0.01, save_strategy="no", report_to="none", use_cpu=args.use_cpu, seed=args.seed,
     )  # fmt: skip
-    trainer = Trainer(model=model, args=training, train_dataset=chosen)
+    trainer = Trainer(model=model, args=training, train_dataset=Rows(chosen, model.config, CLASS_DROPOUT))
     trainer.train()
-    known = trainer.accelerator.unwrap_model(trainer.model).cpu()
+    learned = trainer.accelerator.unwrap_model(trainer.model).cpu()
     if trainer.is_world_process_zero():
-        known.save_pretrained(output / "public_model")
+        learned.save_pretrained(output / "public_model")
     trainer.accelerator.wait_for_everyone()
-    return known, critic, ledger
+    return learned, critic, ledger

@@ -99,7 +99,8 @@ def test_every_photo_stands_for_the_class_that_it_was_chosen_for(tmp_path):
     store = build_token_store(
         iter([{"image": image} for image in images(6, 0)["image"]]), model, processor, tmp_path / "store"
     )
-    rows = warm_start.Chosen(store, torch.tensor([[5, 1], [1, 0], [3, 3]]), model)
+    chosen = warm_start.Chosen(store, torch.tensor([[5, 1], [1, 0], [3, 3]]), model)
+    rows = warm_start.Rows(chosen, model.config, warm_start.CLASS_DROPOUT)
     assert len(rows) == 6
     with torch.random.fork_rng():
         torch.manual_seed(0)

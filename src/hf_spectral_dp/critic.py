@@ -8,6 +8,7 @@ by a private query), and the pipeline can keep those of its images that look mos
 The critic is trained on images as the generator makes them: through codec and super-resolution, not the originals.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -135,4 +136,15 @@ class ClassCritic(HubModel, PreTrainedModel):
         return self.classify(features).softmax(1).topk(count, dim=0).indices.T
 
 
-__all__ = ["ClassCritic", "ClassCriticConfig"]
+def best_of(critic: Callable[[Tensor], Tensor], candidates: Sequence[Tensor], labels: Tensor) -> Tensor:
+    """Which of several images for every label shows it likeliest: indices (B,) into `candidates`.
+
+    Args:
+        critic: gives logits (B, num_classes) of images.
+        candidates: images (B, C, H, W) in [-1, 1], one for each label. labels: (B,).
+    """
+    asked = labels.to(candidates[0].device)[:, None]
+    return torch.cat([critic(images).log_softmax(1).gather(1, asked) for images in candidates], 1).argmax(1)
+
+
+__all__ = ["ClassCritic", "ClassCriticConfig", "best_of"]

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .configuration_spectral import SpectralConfig
+from .critic import best_of
 from .image_processing_spectral import SpectralImageProcessor
 from .modeling_spectral import SpectralTokenizerForCausalLM
 from .released_files import check_own_folder
@@ -415,12 +416,8 @@ class DPSpectralPipeline(DiffusionPipeline):
         if len(candidates) == 1:
             return candidates[0]
         enlarge = "bicubic" if self.super_resolution is None else self.super_resolution
-        labels = labels.to(candidates[0].device)[:, None]
-        scores = [
-            self.critic(upscale_to(self.model.config.image_size, enlarge, images)).log_softmax(1).gather(1, labels)
-            for images in candidates
-        ]
-        best = torch.cat(scores, 1).argmax(1)
+        shown = [upscale_to(self.model.config.image_size, enlarge, images) for images in candidates]
+        best = best_of(self.critic, shown, labels)
         return torch.stack(candidates, 1)[torch.arange(len(best), device=best.device), best]
 
     def _encode_prompts(self, prompt: Any, negative_prompt: Any, num_images: int) -> dict[str, Tensor]:
