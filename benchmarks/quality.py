@@ -40,7 +40,7 @@ import copy
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -71,10 +71,11 @@ TRAINED = ("ours", "raster", "pixels", "pixels16", "diffusion")
 DELTA = 1e-5
 ATTEMPTS = 5  # of every token model, where classifiers learn from its images
 CHECKPOINTS = Path(__file__).parents[1] / "src" / "hf_spectral_dp" / "checkpoints"
+PHOTOS = ("photos", "photos-super-resolution", "photos-super-resolution")
 BUNDLED = {
     "mnist": ("digits-fine", "digits-fine-super-resolution", "digits-super-resolution"),
-    "faces": ("photos", "photos-super-resolution", "photos-super-resolution"),
-    "cifar10": ("photos", "photos-super-resolution", "photos-super-resolution"),
+    "faces": PHOTOS,
+    "cifar10": PHOTOS,
 }
 """By image set: public model of ours, the network that goes with its codec, and the one that all others end with."""
 
@@ -301,7 +302,7 @@ def sources(
     folders: Folders,
     device: str,
     data: Path,
-) -> Iterator[tuple[str, float, Callable[[Tensor, torch.Generator], Tensor] | Labelled, Cost, Cost]]:
+) -> Iterator[tuple[str, float, Generator | Labelled, Cost, Cost]]:
     """Every method at every epsilon: name, epsilon, images or what draws them, costs of public and DP training."""
     free = Cost(0.0, 0.0)
     if "real" in methods:
@@ -322,7 +323,7 @@ def sources(
             some = rows[: images.classes * size.each]
             yield "ceiling", math.inf, (base.decoded(some), private[1][: len(some)]), before, free
         if method == "ours" and "floor" in methods:
-            yield "floor", 0.0, base.sample, before, free
+            yield "floor", 0.0, base, before, free
         for epsilon in epsilons if method in methods else []:
             generator, prepared = copy.deepcopy(base), before
             if math.isinf(epsilon):
@@ -344,7 +345,7 @@ def sources(
                         )
                         settings["earlier_ledgers"] = [ledger]
                     cost = train_privately(generator, rows, epsilon, DELTA, **settings)
-            yield method, epsilon, generator.sample, prepared, cost
+            yield method, epsilon, generator, prepared, cost
 
 
 def compare(
@@ -369,7 +370,8 @@ def compare(
         name, methods, epsilons, size, images, private, public, folders, device, data
     ):
         start = time.perf_counter()
-        drawn = (source(labels, torch.Generator(device).manual_seed(0)), labels) if callable(source) else source
+        made = not isinstance(source, tuple)
+        drawn = (source.sample(labels, torch.Generator(device).manual_seed(0)), labels) if made else source
         seconds = time.perf_counter() - start
         shared = {
             "dataset": name,
@@ -381,7 +383,8 @@ def compare(
             "public_flops": before.flops,
             "epsilon_spent": cost.epsilon,
         } | ({"steps": cost.steps, "batch": cost.batch} if cost.steps else {})
-        if callable(source):
+        if made:
+            shared |= source.sampling | ({"scale_weights": cost.scale_weights} if cost.scale_weights else {})
             rate = len(labels) / seconds
             yield shared | {"metric": "images per second", "value": rate, "low": None, "high": None, "n": len(labels)}
         for row in figures(drawn, test, images, **size.for_figures, device=device):

@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.quality_methods import Cost, Rows, TokenGenerator, train_publicly
-from hf_spectral_dp import ClassCritic, DPTrainer, DPTrainingArguments
+from benchmarks.quality_methods import Cost, TokenGenerator, train_publicly
+from hf_spectral_dp import ClassCritic, DPTrainer
+from hf_spectral_dp.critic import critic_arguments
+from hf_spectral_dp.feature_rows import RowsInMemory
 from hf_spectral_dp.metrics.features import PublicFeatures
 from hf_spectral_dp.trainer import LEDGER
 
 SHARE = 0.1  # of the photos that are learned from for each class
-STEPS = 20  # full batches
 TEMPERATURE = 1.0
 """Of sampling, for all scales: the nearest to the public photos that the critic chose, which looks at no private image.
 
@@ -26,11 +27,7 @@ pictograms), 84 at 1, 0.8, 0.8, 64 at 1, and 111 at 0.8. Where the critic keeps 
 
 
 def critic_settings(epsilon: float) -> tuple[float, float]:
-    """(epsilon, learning rate) of the critic, for a total of `epsilon`.
-
-    The rates, of 2.5 to 40, and the steps, of 1, 10, 20 and 40, did best on public photos, whose 200 classes in
-    alphabetical order were put into ten groups; half the rate where the noise is large.
-    """
+    """(epsilon, learning rate) of the critic, for a total of `epsilon`; the rest is as `critic_arguments` has it."""
     return (0.1 * epsilon, 20.0) if epsilon >= 4 else (0.3 * epsilon, 10.0)
 
 
@@ -65,13 +62,11 @@ def learn_classes(
     public = features(generator, critic, public_rows)
     critic.fit(public)
     spent, rate = critic_settings(epsilon)
-    arguments = DPTrainingArguments(
-        output_dir=str(folder), target_epsilon=spent, target_delta=delta, sampling_rate=1.0, max_steps=STEPS,
-        optim="sgd", optim_args="momentum=0.9", learning_rate=rate, lr_scheduler_type="constant", report_to="none",
-        micro_batch_size=5000, save_strategy="no", disable_tqdm=True, use_cpu=True, logging_strategy="no",
-    )  # fmt: skip
+    arguments = critic_arguments(
+        str(folder), spent, delta, learning_rate=rate, disable_tqdm=True, use_cpu=True, logging_strategy="no"
+    )
     labels = (rows[:, :1] - model.config.layout.codes).float()
-    DPTrainer(critic, arguments, Rows(torch.cat([labels, features(generator, critic, rows)], 1))).train()
+    DPTrainer(critic, arguments, RowsInMemory(torch.cat([labels, features(generator, critic, rows)], 1))).train()
     generator.critic, generator.temperature = critic.eval(), TEMPERATURE
     chosen = critic.likeliest(public, SHARE)
     taught = torch.cat([public_rows[chosen.flatten()], mirrored[chosen.flatten()]])

@@ -5,7 +5,6 @@ the same code: without privacy by `train_publicly`, with it by `train_privately`
 batches, clipping, noise, ledger and accountant.
 """
 
-import hashlib
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_spectral_dp import ClassCritic, DPTrainer, DPTrainingArguments, SpectralConfig, SpectralTokenizerForCausalLM
 from hf_spectral_dp.critic import best_of
+from hf_spectral_dp.feature_rows import RowsInMemory
 
 Upscaler = Callable[[Tensor], Tensor]
 """Brings coarse images to the full size."""
@@ -86,6 +86,11 @@ class TokenGenerator:
         if self.critic is None:
             return candidates[0]
         return torch.stack(candidates, 1)[torch.arange(len(labels)), best_of(self.critic, candidates, labels)]
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """How images are drawn, for the rows of a report."""
+        return {"temperature": self.temperature, "attempts": self.attempts, "critic": self.critic is not None}
 
     def name_classes(self) -> None:
         """After training on images without labels: every class starts from what is known of the null token."""
@@ -161,6 +166,11 @@ class DiffusionGenerator:
             batches.append(self.upscaler(images.clamp(-1, 1)).cpu())
         return torch.cat(batches)
 
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """How images are drawn, for the rows of a report."""
+        return {"denoising_steps": self.denoising_steps}
+
     def name_classes(self) -> None:
         table = self.model.unet.class_embedding.weight
         with torch.no_grad():
@@ -170,30 +180,17 @@ class DiffusionGenerator:
 Generator = TokenGenerator | DiffusionGenerator
 
 
-class Rows:
-    """Private rows in memory, as `DPTrainer` reads them."""
-
-    def __init__(self, rows: Tensor):
-        self.rows = rows
-        self.fingerprint = hashlib.sha256(rows.numpy().tobytes()).hexdigest()
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, indices: Any) -> dict[str, Tensor]:
-        return {"input_ids": self.rows[torch.as_tensor(indices, dtype=torch.long)]}
-
-
 @dataclass(frozen=True)
 class Cost:
     """What a training took: seconds of wall clock, floating-point operations, epsilon that was spent (None: no DP),
-    steps and the (expected) rows of each."""
+    steps and the (expected) rows of each; and how the scales were weighed in its loss, if they were."""
 
     seconds: float
     flops: float
     epsilon: float | None = None
     steps: int = 0
     batch: float = 0
+    scale_weights: list[float] | None = None
 
 
 def flops_per_row(model: Any, rows: Tensor) -> float:
@@ -238,8 +235,11 @@ def train_privately(generator: Generator, rows: Tensor, epsilon: float, delta: f
             **{"lr_scheduler_type": "constant_with_warmup"} | settings,
         )  # fmt: skip
         start = time.perf_counter()
-        trainer = DPTrainer(model, arguments, Rows(rows))
+        trainer = DPTrainer(model, arguments, RowsInMemory(rows))
         trainer.train()
         seconds = time.perf_counter() - start
         flops = flops_per_row(model, rows) * trainer.plan.expected_batch_size * trainer.plan.steps
-        return Cost(seconds, flops, trainer.epsilon_spent, trainer.plan.steps, trainer.plan.expected_batch_size)
+        plan = trainer.plan
+        return Cost(
+            seconds, flops, trainer.epsilon_spent, plan.steps, plan.expected_batch_size, arguments.scale_weights
+        )

@@ -26,7 +26,7 @@ import yaml
 from accelerate import PartialState
 from controls import compare, real_images
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageToImage
-from warm_start import NOTE, critic_arguments, taught
+from warm_start import NOTE, private_arguments, taught
 
 from hf_spectral_dp import DPSpectralPipeline, DPTrainer, DPTrainingArguments, PrivacyCard
 from hf_spectral_dp.generation import image_grid
@@ -137,7 +137,7 @@ def main() -> None:
             config["training"][name] = getattr(arguments, name)
     args = DPTrainingArguments(**{"report_to": "none", **config["training"]}, output_dir=str(output / "training"))
     if config["critic"]:  # refused here, too, if it asks for what cannot work
-        asked = critic_arguments(config["critic"], args, output)
+        asked = private_arguments(config["critic"], args, output)
         if asked.target_epsilon >= args.target_epsilon:
             raise ValueError(
                 f"critic.target_epsilon={asked.target_epsilon} is a part of training.target_epsilon="
@@ -208,9 +208,10 @@ def main() -> None:
         looks.append(f"The figures under Quality: measured on images of {section['source']}, {section['split']}.")
     models, critic = config["model"], config["critic"]
     if critic:
-        kept = f"of {pipeline.config.attempts} images drawn, the critic keeps the one that shows its class likeliest"
         run["stages"].insert(1, {"name": "learning the classes", "private": False, "note": NOTE})
-        run["stages"].append({"name": "choosing among samples", "private": False, "note": kept})
+        if (attempts := pipeline.config.attempts) > 1:
+            kept = f"of {attempts} images drawn, the critic keeps the one that shows its class likeliest"
+            run["stages"].append({"name": "choosing among samples", "private": False, "note": kept})
     encoder = [{"role": "text encoder", "source": models["text_encoder_source"]}] if prompts else []
     report = {
         **run,

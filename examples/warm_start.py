@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hf_spectral_dp import ClassCritic, DPTrainer, DPTrainingArguments, SpectralTokenizerForCausalLM
+from hf_spectral_dp.critic import critic_arguments
 from hf_spectral_dp.feature_rows import FeatureRows, features_of, features_of_rows
 from hf_spectral_dp.image_sources import load_images
 from hf_spectral_dp.metrics.features import PublicFeatures
@@ -46,23 +47,11 @@ class Chosen:
         return row
 
 
-def critic_arguments(section: dict[str, Any], args: DPTrainingArguments, output: Path) -> DPTrainingArguments:
-    """The critic's own private run: full batches, so that few noisy sums are enough."""
-    return DPTrainingArguments(
-        output_dir=str(output / "critic" / "training"),
-        target_epsilon=section["target_epsilon"],
-        target_delta=args.target_delta,
-        sampling_rate=1.0,
-        max_steps=section.get("max_steps", 20),
-        micro_batch_size=5000,
-        optim="sgd",
-        optim_args="momentum=0.9",
-        learning_rate=section.get("learning_rate", 20.0),
-        lr_scheduler_type="constant",
-        save_strategy="no",
-        report_to="none",
-        use_cpu=args.use_cpu,
-    )
+def private_arguments(section: dict[str, Any], args: DPTrainingArguments, output: Path) -> DPTrainingArguments:
+    """The critic's own private run, as the config's `critic` section asks for it."""
+    asked = {name: section[name] for name in ("max_steps", "learning_rate") if name in section}
+    folder = str(output / "critic" / "training")
+    return critic_arguments(folder, section["target_epsilon"], args.target_delta, use_cpu=args.use_cpu, **asked)
 
 
 def public_rows(section: dict[str, Any], model: Any, processor: Any, folder: Path) -> TokenStore:
@@ -104,10 +93,10 @@ def taught(
         network = PublicFeatures(section.get("network", CHECKPOINT)).network
         critic = ClassCritic.on(network, model.config.num_classes)
     features = features_of(model.eval(), detail, critic.features)
-    public = features_of_rows(photos, features)
+    _, public = features_of_rows(photos, features)
     if not known:
         critic.fit(public)
-        private = DPTrainer(critic, critic_arguments(section, args, output), FeatureRows(store, model, features))
+        private = DPTrainer(critic, private_arguments(section, args, output), FeatureRows(store, model, features))
         private.train()
         critic = private.merged_model().cpu().eval()
         if private.is_world_process_zero():

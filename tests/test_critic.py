@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from hf_spectral_dp import ClassCritic, DPTrainer, DPTrainingArguments
+from hf_spectral_dp.critic import critic_arguments
+from hf_spectral_dp.feature_rows import RowsInMemory
 from hf_spectral_dp.metrics.public_features import PublicFeatureConfig, PublicFeatureNetwork
 from hf_spectral_dp.privacy.clipping import PerExampleClipper
 from hf_spectral_dp.privacy.ledger import read_ledger
@@ -128,23 +130,6 @@ def rows_of(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return torch.cat([labels[:, None].float(), features], 1)
 
 
-class RowsInMemory:
-    fingerprint = "blobs"
-
-    def __init__(self, rows: torch.Tensor):
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, indices) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.rows[torch.as_tensor(indices)]}
-
-
 def arguments(folder, **changes) -> DPTrainingArguments:
-    chosen = {
-        "sampling_rate": 1.0, "max_steps": 20, "optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 5.0,
-        "lr_scheduler_type": "constant", "output_dir": str(folder), "report_to": "none", "use_cpu": True,
-        "disable_tqdm": True, "save_strategy": "no",
-    }  # fmt: skip
-    return DPTrainingArguments(**{**chosen, **changes})
+    chosen = {"target_epsilon": 2.0, "target_delta": None, "learning_rate": 5.0, "use_cpu": True, "disable_tqdm": True}
+    return critic_arguments(str(folder), **chosen | changes)

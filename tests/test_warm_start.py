@@ -122,5 +122,5 @@ def test_the_settings_of_the_recipe_are_those_of_the_config():
     args = DPTrainingArguments(output_dir="x", target_epsilon=10.0, expected_batch_size=8, use_cpu=True)
     short = {"target_epsilon": section["target_epsilon"]}
     for name in ("learning_rate", "max_steps", "target_epsilon"):
-        chosen = [getattr(warm_start.critic_arguments(some, args, Path("x")), name) for some in (section, short)]
+        chosen = [getattr(warm_start.private_arguments(some, args, Path("x")), name) for some in (section, short)]
         assert chosen[0] == chosen[1] == section[name]

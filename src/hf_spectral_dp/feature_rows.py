@@ -36,13 +36,31 @@ def features_of(
     return features
 
 
-def features_of_rows(store: TokenStore, features: Features) -> Tensor:
-    """Features (N, D) of the rows of a store; of an image with several views, those of one."""
-    parts = tqdm(torch.arange(len(store)).split(500), desc="features", unit="500 rows")
-    return torch.cat([features(store[indices]["input_ids"][:, 1:]) for indices in parts])
+def features_of_rows(store: TokenStore, features: Features) -> tuple[Tensor, Tensor]:
+    """First tokens (N,) and features (N, D) of the rows of a store; of an image with several views, those of one."""
+    first, seen = [], []
+    for indices in tqdm(torch.arange(len(store)).split(500), desc="features", unit="500 rows"):
+        rows = store[indices]["input_ids"]
+        first.append(rows[:, 0])
+        seen.append(features(rows[:, 1:]))
+    return torch.cat(first), torch.cat(seen)
 
 
-class FeatureRows:
+class RowsInMemory:
+    """Private rows (N, ...) in memory, as `DPTrainer` reads them; one row is one privacy unit."""
+
+    def __init__(self, rows: Tensor):
+        self.rows = rows
+        self.fingerprint = hashlib.sha256(rows.numpy().tobytes()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, indices: Any) -> dict[str, Tensor]:
+        return {"input_ids": self.rows[torch.as_tensor(indices, dtype=torch.long)]}
+
+
+class FeatureRows(RowsInMemory):
     """Rows (N, 1 + D) of private images in memory, class and features, as `DPTrainer` and `ClassCritic` read them.
 
     Every row is a function of one image and of coins of its own, so a unit of the store is a unit here. Rows are as
@@ -55,17 +73,10 @@ class FeatureRows:
     """
 
     def __init__(self, store: TokenStore, model: SpectralTokenizerForCausalLM, features: Features):
-        first = torch.cat([store[some]["input_ids"][:, 0] for some in torch.arange(len(store)).split(8192)])
+        first, seen = features_of_rows(store, features)
         labels = torch.where(first == model.config.null_token_id, -1, first - model.config.layout.codes)
-        self.rows = torch.cat([labels[:, None].float(), features_of_rows(store, features)], 1)
+        super().__init__(torch.cat([labels[:, None].float(), seen], 1))
         self.units, self.unit = store.units, store.unit
-        self.fingerprint = hashlib.sha256(self.rows.numpy().tobytes()).hexdigest()
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, indices: Any) -> dict[str, Tensor]:
-        return {"input_ids": self.rows[torch.as_tensor(indices, dtype=torch.long)]}
 
 
-__all__ = ["FeatureRows", "Features", "features_of", "features_of_rows"]
+__all__ = ["FeatureRows", "Features", "RowsInMemory", "features_of", "features_of_rows"]
