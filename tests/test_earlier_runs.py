@@ -3,6 +3,7 @@
 import dataclasses
 import re
 
+import numpy as np
 import pytest
 from card_reports import COMPOSED, PUBLISHED, changed, fields_of, forged, report
 from conftest import tiny_model
@@ -151,6 +152,26 @@ def own_loop(path, charges: int) -> PrivacyLedger:
     for _ in range(charges):
         ledger.charge()
     return ledger
+
+
+class PersonRows(Rows):
+    """Sixty persons with one row each: as many units as rows, but of another kind."""
+
+    units = np.arange(60)
+    unit = "all rows with one value of 'who'"
+
+
+def test_runs_with_another_kind_of_privacy_unit_are_refused(tmp_path, first):
+    """Both ways, though the numbers of units agree."""
+    args = arguments(tmp_path / "second", earlier_ledgers=[str(first / LEDGER)])
+    with pytest.raises(LedgerError, match="unit of that run is a row, of this one all rows of a person"):
+        DPTrainer(tiny_model(), args, PersonRows())
+    persons = arguments(tmp_path / "persons", target_epsilon=2.0, expected_batch_size=60, max_steps=1)
+    DPTrainer(tiny_model(), persons, PersonRows()).train()
+    with pytest.raises(LedgerError, match="unit of that run is all rows of a person, of this one a row"):
+        second(tmp_path / "second", tmp_path / "persons" / LEDGER)
+    args = arguments(tmp_path / "third", earlier_ledgers=[str(tmp_path / "persons" / LEDGER)])
+    assert DPTrainer(tiny_model(), args, PersonRows()).plan.earlier[0].steps == 1
 
 
 def test_a_run_that_goes_on_is_noticed(tmp_path):

@@ -90,7 +90,8 @@ class DPTrainer(QuietTrainer):
                 f"{started} processes were started, but this one sees {args.world_size}: each would train alone. On a"
                 " machine without GPUs, set use_cpu=True."
             )
-        self._earlier = args.earlier_runs()
+        self._persons = getattr(train_dataset, "units", None) is not None
+        self._earlier = args.earlier_runs(self._persons)
         self.plan = args.plan(count_units(train_dataset, args), [run["plan"] for run in self._earlier])
         self._batches = BatchLoader(
             train_dataset, self.plan, args.process_index, args.world_size, lambda: self._charged
@@ -233,7 +234,7 @@ class DPTrainer(QuietTrainer):
             state = verify(path)
         if state is not None and self._average and _AVERAGE not in state["files"]:
             raise CheckpointError(f"{path} holds no averaged weights; resume with ema_decay=0, as it was saved.")
-        if self.args.earlier_runs() != self._earlier:
+        if self.args.earlier_runs(self._persons) != self._earlier:
             raise LedgerError(
                 "earlier_ledgers were charged since this trainer was made, so its plan counts too little; let those"
                 " runs end, then make the trainer again."
@@ -246,6 +247,8 @@ class DPTrainer(QuietTrainer):
             "noise": self._noise.source,
             "log_private_loss": self.args.log_private_loss,
         }
+        if self._persons:
+            header["persons"] = True
         if self._earlier:  # not an empty list: ledgers that were begun before there was one can still be continued
             header["earlier_runs"] = self._sealed_earlier()
         if resume:
@@ -314,7 +317,7 @@ class DPTrainer(QuietTrainer):
             self._head,
             clipping_norm=args.clipping_norm,
             unit=getattr(self.train_dataset, "unit", "one row of the training data (one image with its label)"),
-            person=getattr(self.train_dataset, "units", None) is not None,
+            person=self._persons,
             noise_source=self._noise.source,
             earlier_runs=self._sealed_earlier(),
             training={

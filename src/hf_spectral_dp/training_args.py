@@ -191,14 +191,18 @@ class DPTrainingArguments(TrainingArguments):
         """What is pickled, into `training_args.bin` for instance: all but tokens of the Hub, which are passwords."""
         return {name: None if name.endswith("_token") else value for name, value in self.__dict__.items()}
 
-    def earlier_runs(self) -> list[dict[str, Any]]:
+    def earlier_runs(self, persons: bool | None = None) -> list[dict[str, Any]]:
         """What `earlier_ledgers` say now, one entry for each run that was charged, those that they counted included.
+
+        Args:
+            persons: whether a privacy unit of this run is a person rather than a row; None if that is not known yet.
 
         Returns:
             [{"plan": its `PrivacyPlan` with the steps that were charged, "clipping_norm", "ledger_head"}, ...].
 
         Raises:
-            LedgerError: a ledger is missing or altered, states no plan, or counts a run that another one counts.
+            LedgerError: a ledger is missing or altered, states no plan, counts a run that another one counts, or is of
+                a run with another kind of privacy unit than `persons` says.
         """
         runs: list[dict[str, Any]] = []
         for path in self.earlier_ledgers or ():
@@ -220,6 +224,13 @@ class DPTrainingArguments(TrainingArguments):
                     f"{path} does not say what its charges cost ({error!r}); name the ledger of a DPTrainer run, or one"
                     " whose header holds clipping_norm and, as plan, PrivacyPlan.to_dict()."
                 ) from error
+            if persons is not None and bool(header.get("persons")) != persons:
+                kinds = {False: "a row", True: "all rows of a person"}
+                raise LedgerError(
+                    f"{path}: the privacy unit of that run is {kinds[not persons]}, of this one {kinds[persons]}; their"
+                    " guarantees are not of the same thing, so no sum of them holds. Train both on rows with, or both"
+                    " without, unit_column."
+                )
             for run in [*before, *([own] if ledger["charged"] else [])]:
                 if run["ledger_head"] in [known["ledger_head"] for known in runs]:
                     raise LedgerError(
