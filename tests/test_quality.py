@@ -9,6 +9,7 @@ import torch
 import yaml
 from transformers import AutoModelForImageToImage
 
+from benchmarks import quality
 from benchmarks.quality import SIZES, Folders, photo_settings, public_generator, temperature
 from benchmarks.quality_data import IMAGE_SETS, check_public
 from benchmarks.quality_figures import coarse_distance
@@ -197,3 +198,33 @@ def test_ours_has_a_temperature_per_scale(scales):
     faces, grey = IMAGE_SETS["faces"], IMAGE_SETS["mnist"]
     assert temperature("ours", faces, scales) == [1.0, 0.3, 0.1, 0.1][:scales]
     assert temperature("pixels16", faces, 1) == temperature("ours", grey, scales) == 1.0
+
+
+def test_every_row_says_how_its_images_were_made(monkeypatch):
+    """The whole benchmark on noise in the place of digits: what was drawn has settings, real images have none."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(images, data, split, count=40):
+        return torch.rand(40, 1, 32, 32, generator=generator) * 2 - 1, torch.arange(40) % 10
+
+    tiny = replace(
+        SIZES["quick"], each=4, public_steps=1, steps=1, batch=8, twin_steps=1, classifier_steps=1, compared=40,
+        denoising_steps=1,
+    )  # fmt: skip
+    monkeypatch.setattr(quality, "private_images", noise)
+    monkeypatch.setattr(quality, "public_images", noise)
+    monkeypatch.setitem(quality.SIZES, "quick", tiny)
+    methods = ["ours", "ceiling", "floor", "diffusion"]
+    rows = list(quality.compare("mnist", methods, [8.0, math.inf], "quick", Path(), None, Folders()))
+    made = {(row["method"], row["epsilon"]): row for row in rows}
+    assert made.keys() == {
+        ("ceiling", "inf"), ("floor", 0.0), ("ours", 8.0), ("ours", "inf"), ("diffusion", 8.0), ("diffusion", "inf")
+    }  # fmt: skip
+    assert 0 < made["ours", 8.0]["epsilon_spent"] <= 8 and made["ours", "inf"]["epsilon_spent"] is None
+    for (method, _), row in made.items():
+        if method == "ceiling":
+            assert "temperature" not in row and "denoising_steps" not in row
+        elif method == "diffusion":
+            assert row["denoising_steps"] == 1
+        else:
+            assert (row["temperature"], row["attempts"], row["critic"]) == (1.0, quality.ATTEMPTS, False)
