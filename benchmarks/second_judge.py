@@ -34,7 +34,7 @@ NAME = re.compile(r"quality_(faces|cifar10)(_gpu)?_([a-z0-9]+)_([0-9.]+|inf)\.pn
 
 
 class LiteFeatures:
-    """The 1,280 features (B, D) of EfficientNet-Lite0 of images (B, 1 or 3, H, W) in [-1, 1], which it sees at 224 pixels.
+    """The 1,280 features (B, D) of EfficientNet-Lite0 of images (B, 1 or 3, H, W) in [-1, 1]; seen at 224 pixels.
 
     Raises:
         SystemExit: the extra `judge`, which brings the weights, is not installed.
