@@ -11,8 +11,7 @@ from torch import Tensor
 
 from benchmarks.quality_methods import Cost, TokenGenerator, train_publicly
 from hf_spectral_dp import ClassCritic, DPTrainer
-from hf_spectral_dp.critic import critic_arguments
-from hf_spectral_dp.feature_rows import RowsInMemory
+from hf_spectral_dp.feature_rows import RowsInMemory, critic_arguments
 from hf_spectral_dp.metrics.features import PublicFeatures
 from hf_spectral_dp.trainer import LEDGER
 

@@ -18,8 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hf_spectral_dp import ClassCritic, DPTrainer, DPTrainingArguments, SpectralTokenizerForCausalLM
-from hf_spectral_dp.critic import critic_arguments
-from hf_spectral_dp.feature_rows import FeatureRows, features_of, features_of_rows
+from hf_spectral_dp.feature_rows import FeatureRows, critic_arguments, features_of, features_of_rows
 from hf_spectral_dp.image_sources import load_images
 from hf_spectral_dp.metrics.features import PublicFeatures
 from hf_spectral_dp.metrics.public_features import CHECKPOINT

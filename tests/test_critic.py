@@ -5,8 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_spectral_dp import ClassCritic, DPTrainer, DPTrainingArguments
-from hf_spectral_dp.critic import critic_arguments
-from hf_spectral_dp.feature_rows import RowsInMemory
+from hf_spectral_dp.feature_rows import RowsInMemory, critic_arguments
 from hf_spectral_dp.metrics.public_features import PublicFeatureConfig, PublicFeatureNetwork
 from hf_spectral_dp.privacy.clipping import PerExampleClipper
 from hf_spectral_dp.privacy.ledger import read_ledger

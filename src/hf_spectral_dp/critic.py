@@ -18,7 +18,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .metrics.public_features import PublicFeatureConfig, PublicFeatureNetwork
 from .safe_loading import HubModel
-from .training_args import DPTrainingArguments
 
 
 class ClassCriticConfig(PreTrainedConfig):
@@ -137,27 +136,6 @@ class ClassCritic(HubModel, PreTrainedModel):
         return self.classify(features).softmax(1).topk(count, dim=0).indices.T
 
 
-def critic_arguments(
-    output_dir: str, target_epsilon: float, target_delta: float | None, **fields: Any
-) -> DPTrainingArguments:
-    """How `DPTrainer` trains a critic: full batches, so that few noisy sums are enough, at a large constant rate.
-
-    Steps and rate did best on public photos, whose 200 classes in alphabetical order were put into ten groups, among 1,
-    10, 20 and 40 steps and rates of 2.5 to 40; half the rate where the noise is large, at an epsilon of 0.3.
-
-    Args:
-        target_epsilon: of the critic's run, and of earlier ones if `fields` names their ledgers.
-        fields: of `DPTrainingArguments`, instead of or beside those here.
-    """
-    recipe = {
-        "sampling_rate": 1.0, "max_steps": 20, "micro_batch_size": 5000, "optim": "sgd", "optim_args": "momentum=0.9",
-        "learning_rate": 20.0, "lr_scheduler_type": "constant", "save_strategy": "no", "report_to": "none",
-    }  # fmt: skip
-    return DPTrainingArguments(
-        output_dir=output_dir, target_epsilon=target_epsilon, target_delta=target_delta, **{**recipe, **fields}
-    )
-
-
 def best_of(critic: Callable[[Tensor], Tensor], candidates: Sequence[Tensor], labels: Tensor) -> Tensor:
     """Which of several images for every label shows it likeliest: indices (B,) into `candidates`.
 
@@ -169,4 +147,4 @@ def best_of(critic: Callable[[Tensor], Tensor], candidates: Sequence[Tensor], la
     return torch.cat([critic(images).log_softmax(1).gather(1, asked) for images in candidates], 1).argmax(1)
 
 
-__all__ = ["ClassCritic", "ClassCriticConfig", "best_of", "critic_arguments"]
+__all__ = ["ClassCritic", "ClassCriticConfig", "best_of"]
