@@ -238,8 +238,8 @@ def train_privately(generator: Generator, rows: Tensor, epsilon: float, delta: f
         trainer = DPTrainer(model, arguments, RowsInMemory(rows))
         trainer.train()
         seconds = time.perf_counter() - start
-        flops = flops_per_row(model, rows) * trainer.plan.expected_batch_size * trainer.plan.steps
         plan = trainer.plan
+        flops = flops_per_row(model, rows) * plan.expected_batch_size * plan.steps
         return Cost(
             seconds, flops, trainer.epsilon_spent, plan.steps, plan.expected_batch_size, arguments.scale_weights
         )

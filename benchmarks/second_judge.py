@@ -27,6 +27,7 @@ from benchmarks.quality_data import IMAGE_SETS, private_images
 from benchmarks.report import write_report
 from hf_spectral_dp.metrics.distances import polynomial_kernel
 from hf_spectral_dp.metrics.features import FeatureExtractor, PublicFeatures
+from hf_spectral_dp.metrics.statistics import bootstrap_counts
 
 RESULTS = Path(__file__).parent / "results"
 COUNT = 60  # images in a grid
@@ -75,11 +76,8 @@ def seen(extractor: FeatureExtractor, images: Tensor) -> Tensor:
 def distance(real: Tensor, drawn: Tensor, resamples: int = 1000) -> dict[str, Any]:
     """The unbiased kernel distance of features, and the middle 95 % of resamples of both sets."""
     matrices, generator = polynomial_kernel(real, drawn), torch.Generator().manual_seed(0)
-    counts = (
-        torch.stack([torch.randint(n, (n,), generator=generator).bincount(minlength=n) for _ in range(resamples)])
-        for n in (len(real), len(drawn))
-    )
-    low, high = matrices.resampled(*(some.double() for some in counts)).quantile(torch.tensor([0.025, 0.975]).double())
+    counts = (bootstrap_counts(resamples, len(some), generator).double() for some in (real, drawn))
+    low, high = matrices.resampled(*counts).quantile(torch.tensor([0.025, 0.975]).double())
     return {"value": matrices.distance(), "low": float(low), "high": float(high), "n": len(drawn), "n_real": len(real)}
 
 
@@ -116,7 +114,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="one folder per image set")
     parser.add_argument("--out", type=Path, help="JSON file")
     arguments = parser.parse_args()
-    write_report("python -m benchmarks.second_judge", list(judged(arguments.datasets, arguments.data)), arguments.out)
+    command = "python -m benchmarks.second_judge"
+    if arguments.datasets != parser.get_default("datasets"):
+        command += f" --datasets {' '.join(arguments.datasets)}"
+    write_report(command, list(judged(arguments.datasets, arguments.data)), arguments.out)
 
 
 if __name__ == "__main__":

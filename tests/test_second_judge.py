@@ -1,7 +1,6 @@
 """The second judge of sample grids: it reads them as they were written, and its distance is fair to few images."""
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -59,5 +58,5 @@ def test_features_of_an_image_do_not_depend_on_what_stands_beside_it():
     judge = second_judge.LiteFeatures()
     images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     found = second_judge.seen(judge, images)
-    assert found.shape == (3, judge.dim) and len(judge.fingerprint) == 64 and Path(judge.name).name == judge.name
+    assert found.shape == (3, judge.dim) and len(judge.fingerprint) == 64 and judge.name == "efficientnet-lite0"
     assert torch.allclose(second_judge.seen(judge, images[1:2]), found[1:2], atol=1e-4)

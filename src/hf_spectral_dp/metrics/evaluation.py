@@ -25,7 +25,7 @@ from .distances import (
     style_distance,
 )
 from .features import FeatureExtractor, PublicFeatures
-from .statistics import GROUPS, Batch, ImageStatistics, Sums, collect, interval, jackknife
+from .statistics import GROUPS, Batch, ImageStatistics, Sums, bootstrap_counts, collect, interval, jackknife
 
 BETTER = {
     "frechet_distance": "lower",
@@ -152,7 +152,7 @@ def _pair_rows(
     first, second = real.rows[:count], generated.rows[:count]
     halves = real.rows[: len(real.rows) // 2], real.rows[len(real.rows) // 2 :]
     half = min(map(len, halves))
-    draws = _draws(resamples, count, generator), _draws(resamples, count, generator)
+    draws = bootstrap_counts(resamples, count, generator), bootstrap_counts(resamples, count, generator)
 
     def ends(values: Tensor) -> tuple[float, float]:
         low, high = values.double().quantile(torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2]).double())
@@ -168,12 +168,6 @@ def _pair_rows(
         each: Tensor = getattr(found, metric)
         figures = (float(each.mean()), *ends(draws[0] @ each / count))
         yield _row(metric, figures, float(getattr(floors, metric).mean()), count, count)
-
-
-def _draws(resamples: int, count: int, generator: torch.Generator) -> Tensor:
-    """How often each of `count` rows is drawn in each resample, (resamples, count) float32."""
-    drawn = torch.randint(count, (resamples, count), generator=generator)
-    return torch.zeros(resamples, count).scatter_add_(1, drawn, torch.ones(resamples, count))
 
 
 def _mean_rows(real: ImageStatistics, generated: ImageStatistics, confidence: float) -> Iterator[Row]:

@@ -230,6 +230,12 @@ def _sample(
 Figure = Callable[[Sums, Sums], float]
 
 
+def bootstrap_counts(resamples: int, count: int, generator: torch.Generator) -> Tensor:
+    """How often each of `count` rows is drawn in each resample, (resamples, count) float32."""
+    drawn = torch.randint(count, (resamples, count), generator=generator)
+    return torch.zeros(resamples, count).scatter_add_(1, drawn, torch.ones(resamples, count))
+
+
 def jackknife(
     real: ImageStatistics, generated: ImageStatistics, figure: Figure, confidence: float
 ) -> tuple[float, float, float]:
@@ -257,4 +263,14 @@ def interval(value: float, left_out: Sequence[Sequence[float]], confidence: floa
     return value - float(half), value + float(half)
 
 
-__all__ = ["GROUPS", "Batch", "ImageStatistics", "Sums", "band_energies", "collect", "interval", "jackknife"]
+__all__ = [
+    "GROUPS",
+    "Batch",
+    "ImageStatistics",
+    "Sums",
+    "band_energies",
+    "bootstrap_counts",
+    "collect",
+    "interval",
+    "jackknife",
+]
