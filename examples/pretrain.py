@@ -120,6 +120,8 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=256)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--class_dropout", type=float, default=0.1)
+    parser.add_argument("--bf16", action="store_true", help="faster on GPUs")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read rows, where a GPU waits for them")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--license", default="apache-2.0")
     parser.add_argument("--codec_arguments", default="", help="how the codec was made, for the card")
@@ -167,6 +169,8 @@ def main() -> None:
             save_strategy="no",
             report_to="none",
             seed=arguments.seed,
+            bf16=arguments.bf16,
+            dataloader_num_workers=arguments.workers,
         ),
         train_dataset=Rows(store, model.config, arguments.class_dropout),
     )
@@ -185,7 +189,9 @@ def main() -> None:
         images=len(store),
         loss=sum(losses[-3:]) / len(losses[-3:]) if losses else float("nan"),
         codec_arguments=codec_arguments,
-        arguments=" ".join(f"--{key} {value}" for key, value in options.items()),
+        arguments=" ".join(
+            f"--{key}" if value is True else f"--{key} {value}" for key, value in options.items() if value is not False
+        ),
     )
     Path(arguments.out, "README.md").write_text(card, encoding="utf-8")
     print(f"saved to {arguments.out}")

@@ -94,12 +94,12 @@ def public_images(arguments: argparse.Namespace) -> np.ndarray:
     return np.stack(list(tqdm(itertools.islice(squares, arguments.images), "reading", total=arguments.images)))
 
 
-def batches(images: torch.Tensor, batch_size: int, generator: torch.Generator, mirror: bool) -> Iterator[torch.Tensor]:
-    """Endless random batches in [-1, 1], mirrored at random if `mirror`."""
+def batches(images: torch.Tensor, batch_size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
+    """Endless random batches in [-1, 1], half of them mirrored."""
     while True:
         places = torch.randint(len(images), (batch_size,), generator=generator).to(images.device)
         chosen = images[places].float() / 127.5 - 1
-        yield chosen.flip(-1) if mirror and torch.rand((), generator=generator) < 0.5 else chosen
+        yield chosen.flip(-1) if torch.rand((), generator=generator) < 0.5 else chosen
 
 
 @torch.no_grad()
@@ -240,7 +240,7 @@ def main() -> None:
     )
     judging = torch.optim.Adam(judge.parameters(), lr=4e-4, betas=(0.5, 0.99)) if judge else None
     average = copy.deepcopy(model) if judge else model  # adversarial training goes round in circles
-    source = batches(images, arguments.batch_size, torch.Generator().manual_seed(arguments.seed), codec is None)
+    source = batches(images, arguments.batch_size, torch.Generator().manual_seed(arguments.seed))
     progress = tqdm(itertools.count(), "training", total=None if arguments.minutes else arguments.steps)
     began, steps = time.monotonic(), 0
     for step in progress:

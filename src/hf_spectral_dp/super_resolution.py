@@ -97,8 +97,11 @@ class SpectralSuperResolution(HubModel, PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Conv2d):
-            # The tail starts near zero, so that an untrained network is bicubic upsampling.
-            deviation = 1e-4 if module is getattr(self, "tail", None) else (2 / (9 * module.in_channels)) ** 0.5
+            deviation = (2 / (9 * module.in_channels)) ** 0.5
+            if module is getattr(self, "tail", None):
+                deviation = 1e-4  # an untrained network is bicubic upsampling
+            elif any(module is block.second for block in getattr(self, "body", ())):
+                deviation *= 0.1  # or what the blocks add to each other would grow with their number
             nn.init.normal_(module.weight, std=deviation)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
