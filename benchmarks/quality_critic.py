@@ -38,8 +38,8 @@ def photo_rows(generator: TokenGenerator, photos: Tensor) -> Tensor:
 
 
 def features(generator: TokenGenerator, critic: ClassCritic, rows: Tensor) -> Tensor:
-    """What the critic sees (N, D) of rows, shown as the generator shows its images."""
-    return torch.cat([critic.features(generator.decoded(some)) for some in rows.split(1000)])
+    """What the critic sees (N, D), on the CPU, of rows, shown as the generator shows its images."""
+    return torch.cat([critic.features(generator.decoded(some)).cpu() for some in rows.split(1000)])
 
 
 def learn_classes(
@@ -56,18 +56,19 @@ def learn_classes(
         The critic's ledger, for `earlier_ledgers` of the training that follows, and what the ordinary training took.
     """
     model, classes = generator.model, generator.model.config.num_classes
-    critic = ClassCritic.on(PublicFeatures().network, classes)
+    critic = ClassCritic.on(PublicFeatures().network, classes).to(model.device)
     public_rows, mirrored = photo_rows(generator, photos), photo_rows(generator, photos.flip(-1))
     public = features(generator, critic, public_rows)
     critic.fit(public)
     spent, rate = critic_settings(epsilon)
     arguments = critic_arguments(
-        str(folder), spent, delta, learning_rate=rate, disable_tqdm=True, use_cpu=True, logging_strategy="no"
-    )
+        str(folder), spent, delta, learning_rate=rate, disable_tqdm=True, logging_strategy="no",
+        use_cpu=model.device.type == "cpu",
+    )  # fmt: skip
     labels = (rows[:, :1] - model.config.layout.codes).float()
     DPTrainer(critic, arguments, RowsInMemory(torch.cat([labels, features(generator, critic, rows)], 1))).train()
     generator.critic, generator.temperature = critic.eval(), TEMPERATURE
-    chosen = critic.likeliest(public, SHARE)
+    chosen = critic.likeliest(public.to(model.device), SHARE).cpu()
     taught = torch.cat([public_rows[chosen.flatten()], mirrored[chosen.flatten()]])
     taught[:, 0] = torch.arange(classes).repeat_interleave(chosen.shape[1]).repeat(2) + model.config.layout.codes
     cost = train_publicly(generator, taught, steps, batch_size=128, learning_rate=1.5e-3, hide=0.1)
