@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.judge import distance, seen
 from benchmarks.quality_data import ImageSet, Labelled
 from hf_spectral_dp.metrics.distances import frechet_distance
 from hf_spectral_dp.metrics.evaluation import evaluate_images
+from hf_spectral_dp.metrics.features import FeatureExtractor
 from hf_spectral_dp.metrics.utility import UtilityResult, classifier_utility
 from hf_spectral_dp.privacy.audit import rate_bounds
 
@@ -28,13 +30,14 @@ def figures(
     block: int,
     compared: int,
     device: str = "cpu",
+    judge: FeatureExtractor | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Rows {"metric", "value", "low", "high", "n"} for images with labels, against real test images.
 
     Accuracy is that of classifiers trained on the images and tested on the real ones: per architecture, and their mean
     with the spread over architectures and seeds. Intervals are of 95 % for other test images. Distances compare equal
     numbers of images, at most `compared`. Classifiers see averages over blocks of side `block`, and are trained on
-    `device`; `classifier_steps` 0 leaves them out.
+    `device`; `classifier_steps` 0 leaves them out. With a `judge`, the kernel distance to its eyes as well.
     """
     if classifier_steps:
         smaller = [F.avg_pool2d(_bare(some, kind), block).to(device) for some in (images[0], test[0])]
@@ -52,6 +55,11 @@ def figures(
         figures_ = (row["value"], row["low"], row["high"], row["n"])
         yield _row(row["metric"], *figures_) | {"floor": row["floor"], "extractor": row["extractor"]} | note
     yield from coarse_distance(real[:count], drawn[order])
+    if judge is not None:
+        found = distance(*(seen(judge, some.clamp(-1, 1)) for some in (real[:count], drawn[order])))
+        row = {name: found[name] for name in ("value", "low", "high", "n")}
+        extractor = f"{judge.name}@{judge.fingerprint[:12]}"
+        yield {"metric": f"kernel_distance, {judge.name}"} | row | {"extractor": extractor}
 
 
 def coarse_distance(real: Tensor, drawn: Tensor) -> Iterator[dict[str, Any]]:

