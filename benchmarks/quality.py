@@ -31,8 +31,9 @@ measures instead, as "ours", a pipeline that examples/train.py made, at the epsi
 
 Colour images start from the bundled public model of photos and all end with the network that goes with it: pixels and
 diffusion from their own side, raster tokens from averages of the side that ours has. Model and network make images of
-side 64; CIFAR-10 is shown to the codec with every pixel as a block of 2 x 2, and compared at 32 by averages. Other
-codecs and networks of public photos may be given as folders.
+side 64; CIFAR-10 is shown to the codec with every pixel as a block of 2 x 2, and compared at 32 by averages; faces of
+side 128 ("faces128") are shown as averages, and the network doubles once more. Other codecs and networks of public
+photos may be given as folders.
 """
 
 import argparse
@@ -50,6 +51,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageToImage
 
+from benchmarks.judge import LiteFeatures
 from benchmarks.quality_critic import learn_classes
 from benchmarks.quality_data import IMAGE_SETS, ImageSet, Labelled, private_images, public_images
 from benchmarks.quality_figures import figures, save_grid
@@ -63,6 +65,7 @@ from benchmarks.quality_methods import (
 )
 from benchmarks.report import write_report
 from hf_spectral_dp import DPSpectralPipeline, PrivacyCard, SpectralConfig, SpectralTokenizerForCausalLM
+from hf_spectral_dp.metrics.features import FeatureExtractor
 from hf_spectral_dp.metrics.utility import DIFFERENT, PUBLISHED
 from hf_spectral_dp.super_resolution import upscale_to
 
@@ -72,12 +75,17 @@ DELTA = 1e-5
 ATTEMPTS = 5  # of every token model, where classifiers learn from its images
 CHECKPOINTS = Path(__file__).parents[1] / "src" / "hf_spectral_dp" / "checkpoints"
 PHOTOS = ("photos", "photos-super-resolution", "photos-super-resolution")
+WIDE_PHOTOS = ("photos-wide", "photos-wide-super-resolution", "photos-wide-super-resolution")
 BUNDLED = {
     "mnist": ("digits-fine", "digits-fine-super-resolution", "digits-super-resolution"),
     "faces": PHOTOS,
+    "faces128": PHOTOS,
     "cifar10": PHOTOS,
 }
-"""By image set: public model of ours, the network that goes with its codec, and the one that all others end with."""
+"""By image set: public model of ours, the network that goes with its codec, and the one that all others end with.
+
+The sizes for a GPU take `WIDE_PHOTOS` for colour images.
+"""
 
 
 @dataclass(frozen=True)
@@ -93,6 +101,7 @@ class Size:
         compared: images for distances.
         widths, denoising_steps: of the diffusion model. diffusion_share: of the public steps that it takes.
         micro_batch: private rows in one pass, for speed only.
+        wide: colour images start from the wide public model, and all end with its network; ours trains in bfloat16.
         photos, taught: public photos from which a private critic chooses those that ours learns the classes from, and
             the steps of that; none, no critic. See `quality_critic`.
     """
@@ -115,6 +124,7 @@ class Size:
     architectures: tuple[str, ...] = DIFFERENT
     public_batch: int = 64
     micro_batch: int = 64
+    wide: bool = False
     photos: int = 0
     taught: int = 0
 
@@ -133,7 +143,7 @@ SIZES = {
     # The like on a GPU, minutes per method: four times the rows, diffusion of 16 times the size.
     "photos-gpu": Size(
         20000, 1500, 44000, 500, 4000, 240, 2048, 2000, 0, 1, 2, 1000, (64, 128), 50, public_batch=256,
-        micro_batch=2048,
+        micro_batch=2048, wide=True,
     ),  # fmt: skip
     # Four times the steps of "photos", and enough images for classifiers of the published kinds.
     "objects": Size(
@@ -141,8 +151,8 @@ SIZES = {
         photos=44000, taught=1500,
     ),  # fmt: skip
     "objects-gpu": Size(
-        50000, 10000, 44000, 2000, 6000, 500, 4096, 4000, 2000, 1, 1, 2000, (64, 128), 50, 2.0, PUBLISHED,
-        public_batch=256, micro_batch=4096, photos=44000, taught=1500,
+        50000, 10000, 44000, 2000, 6000, 240, 2048, 4000, 2000, 1, 1, 2000, (64, 128), 50, 2.0, PUBLISHED,
+        public_batch=256, micro_batch=2048, wide=True, photos=44000, taught=1500,
     ),  # fmt: skip
     # As many generated images as the published comparisons take (DPImageBench: 60,000), and the same kinds of networks.
     "medium": Size(
@@ -234,18 +244,20 @@ def public_generator(
     torch.manual_seed(0)
     pixels, labels = public
     side = images.size
-    bundled = None if folders.codec is not None else BUNDLED.get(name)
+    bundled = WIDE_PHOTOS if size.wide and images.channels == 3 else BUNDLED.get(name)
+    if folders.codec is not None:
+        bundled = None
     trained_at = SpectralConfig.from_pretrained(CHECKPOINTS / bundled[0]).image_size if bundled else side
     if bundled and method == "ours":
         model = AutoModelForCausalLM.from_pretrained(CHECKPOINTS / bundled[0])
         network = AutoModelForImageToImage.from_pretrained(CHECKPOINTS / bundled[1]).to(device).eval()
         if model.config.num_classes != images.classes:
             model = model.with_classes(images.classes)
-        detailed = partial(upscaler, network, trained_at, side)
-        return TokenGenerator(model.to(device), detailed, trained_at // side), Cost(0.0, 0.0)
+        detailed = partial(upscaler, network, max(side, trained_at), side)
+        return TokenGenerator(model.to(device), detailed, trained_at / side), Cost(0.0, 0.0)
     known = CHECKPOINTS / bundled[2] if bundled else folders.super_resolution
     network = None if known is None else AutoModelForImageToImage.from_pretrained(known).to(device).eval()
-    enlarged = partial(upscaler, network, trained_at, side)
+    enlarged = partial(upscaler, network, max(side, trained_at), side)
     kept = folders.keep / f"{name}_{method}_{size.public_steps}.pt" if folders.keep is not None else None
     found = kept is not None and kept.exists()
     generator: Generator
@@ -338,6 +350,8 @@ def sources(
                     settings |= photo_settings(method, epsilon, size.steps)
                     if method == "ours" and size.classifier_steps:  # as for `attempts`
                         settings["scale_weights"] = scale_weights(len(base.model.config.layout.scales))
+                if method == "ours" and size.wide:
+                    settings["bf16"] = device != "cpu"
                 with tempfile.TemporaryDirectory() as folder:
                     if method == "ours" and photos is not None:
                         ledger, prepared = learn_classes(
@@ -358,6 +372,7 @@ def compare(
     folders: Folders,
     device: str = "cpu",
     steps: int | None = None,
+    judge: FeatureExtractor | None = None,
 ) -> Iterator[dict[str, Any]]:
     """The rows of the benchmark."""
     images, size = IMAGE_SETS[name], SIZES[title]
@@ -387,7 +402,7 @@ def compare(
             shared |= source.sampling | ({"scale_weights": cost.scale_weights} if cost.scale_weights else {})
             rate = len(labels) / seconds
             yield shared | {"metric": "images per second", "value": rate, "low": None, "high": None, "n": len(labels)}
-        for row in figures(drawn, test, images, **size.for_figures, device=device):
+        for row in figures(drawn, test, images, **size.for_figures, device=device, judge=judge):
             yield shared | row | {"size": title}
         if grids is not None and method not in ("ceiling", "real"):  # these are private images
             save_grid(drawn[0], images, grids / f"quality_{name}_{method}_{epsilon:g}.png")
@@ -441,6 +456,7 @@ def main() -> None:
     parser.add_argument("--codec", type=Path, help="colour: folder of the public codec of ours")
     parser.add_argument("--super_resolution", type=Path, help="colour: folder of the public network that all end with")
     parser.add_argument("--keep", type=Path, help="folder where public models are kept, and found by a later run")
+    parser.add_argument("--judge", action="store_true", help="also measure by EfficientNet-Lite0 (the extra `judge`)")
     parser.add_argument("--device", default="cpu", help="where models are trained and sampled: cpu or cuda")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="one folder per image set")
     parser.add_argument("--out", type=Path, help="JSON file; sample grids are put beside it")
@@ -456,12 +472,14 @@ def main() -> None:
         folders = Folders(arguments.codec, arguments.super_resolution, arguments.keep)
         rows = compare(
             arguments.dataset, arguments.methods, arguments.epsilon, size, arguments.data, grids, folders,
-            arguments.device, arguments.steps,
+            arguments.device, arguments.steps, LiteFeatures() if arguments.judge else None,
         )  # fmt: skip
         command += f" --epsilon {' '.join(f'{epsilon:g}' for epsilon in arguments.epsilon)}"
         for name in ("codec", "super_resolution", "keep", "steps", "device"):
             if getattr(arguments, name) not in (None, "cpu"):
                 command += f" --{name} {getattr(arguments, name)}"
+        if arguments.judge:
+            command += " --judge"
         if len(arguments.methods) < len(METHODS):
             command += f" --methods {' '.join(arguments.methods)}"
     write_report(command, list(rows), arguments.out)

@@ -61,6 +61,7 @@ IMAGE_SETS = {
     "mnist": ImageSet("mnist", "glyphs", 32, 1, 2, "test", "label", 10),
     "cifar10": ImageSet("cifar10", "tiny_imagenet", 32, 3, 0, "test", "label", 10),
     "faces": ImageSet("faces", "tiny_imagenet", 64, 3, 0, "validation", "gender", 2),
+    "faces128": ImageSet("faces", "tiny_imagenet", 128, 3, 0, "validation", "gender", 2),
 }
 
 

@@ -30,27 +30,27 @@ class TokenGenerator:
 
     `config` says which tokens: with all scales it is ours; with one scale of single coefficients it has one token per
     pixel of a small image. `enlarge` 2 shows the codec every pixel as a block of 2 x 2, whose Haar approximation band
-    is the image itself: patches of pixels in raster order, the way of models without wavelets. `attempts`: how often
-    images that the model itself takes for another class are drawn again or, with a `critic`, among how many it chooses,
-    as `DPSpectralPipeline` does; `temperature` divides the logits, one for all
+    is the image itself: patches of pixels in raster order, the way of models without wavelets; 0.5 shows it averages of
+    such blocks. `attempts`: how often images that the model itself takes for another class are drawn again or, with a
+    `critic`, among how many it chooses, as `DPSpectralPipeline` does; `temperature` divides the logits, one for all
     scales or one for each; see `SpectralTokenizerForCausalLM.sample`.
     """
 
-    def __init__(self, model: SpectralTokenizerForCausalLM, upscaler: Upscaler, enlarge: int = 1):
+    def __init__(self, model: SpectralTokenizerForCausalLM, upscaler: Upscaler, enlarge: float = 1):
         self.model, self.upscaler, self.enlarge = model, upscaler, enlarge
         self.attempts = 1
         self.critic: ClassCritic | None = None
         self.temperature: float | list[float] = 1.0
 
     @classmethod
-    def from_public_images(cls, config: SpectralConfig, images: Tensor, upscaler: Upscaler, enlarge: int = 1):
+    def from_public_images(cls, config: SpectralConfig, images: Tensor, upscaler: Upscaler, enlarge: float = 1):
         """An untrained model with a codec fitted on public images."""
         generator = cls(SpectralTokenizerForCausalLM(config), upscaler, enlarge)
         generator.model.codec.fit(generator._enlarged(images))
         return generator
 
     def _enlarged(self, images: Tensor) -> Tensor:
-        return images if self.enlarge == 1 else F.interpolate(images, scale_factor=float(self.enlarge))
+        return images if self.enlarge == 1 else F.interpolate(images, scale_factor=self.enlarge, mode="area")
 
     def rows(self, images: Tensor, labels: Tensor) -> Tensor:
         """Token rows (N, 1 + T) of images (N, C, S, S); label -1 becomes the null token."""
@@ -85,7 +85,7 @@ class TokenGenerator:
             candidates.append(self.upscaler(self.model.decode(tokens)).cpu())
         if self.critic is None:
             return candidates[0]
-        return torch.stack(candidates, 1)[torch.arange(len(labels)), best_of(self.critic, candidates, labels)]
+        return torch.stack(candidates, 1)[torch.arange(len(labels)), best_of(self.critic, candidates, labels).cpu()]
 
     @property
     def sampling(self) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def checkpoints() -> list[Path]:
 
 def test_they_are_small_and_hold_nothing_but_weights_configs_and_a_card():
     files = [path for folder in checkpoints() for path in folder.rglob("*")]
-    assert sum(path.stat().st_size for path in files) <= 12 * 2**20
+    assert sum(path.stat().st_size for path in files) <= 28 * 2**20  # half of it the wide model of photos
     assert {path.name for path in files} <= ALLOWED
 
 
@@ -61,7 +61,8 @@ def test_the_digits_are_trained():
     assert (detailed - pixels).square().mean() < 0.5 * (plain - pixels).square().mean()
 
 
-def test_the_photos_are_trained():
+@pytest.mark.parametrize("name", ["photos", "photos-wide"])
+def test_the_photos_are_trained(name):
     """On squares of the two photos that come with scikit-learn, which are in no training set of ours."""
     squares = [
         photo[top : top + side, left : left + side]
@@ -70,8 +71,8 @@ def test_the_photos_are_trained():
         for top in range(0, 427 - side, 64)
         for left in range(0, 640 - side, 128)
     ]
-    processor = AutoImageProcessor.from_pretrained(FOLDER / "photos")
-    model = AutoModelForCausalLM.from_pretrained(FOLDER / "photos").eval()
+    processor = AutoImageProcessor.from_pretrained(FOLDER / name)
+    model = AutoModelForCausalLM.from_pretrained(FOLDER / name).eval()
     pixels = processor(squares)["pixel_values"]
     tokens = model.codec.encode(pixels)
     low = torch.nn.functional.avg_pool2d(pixels, 4)
@@ -83,7 +84,7 @@ def test_the_photos_are_trained():
     with torch.no_grad():
         loss = model.per_example_loss(torch.cat([start, tokens], 1))
         mixed = model.per_example_loss(torch.cat([start, tokens[:, order]], 1))
-        network = AutoModelForImageToImage.from_pretrained(FOLDER / "photos-super-resolution").eval()
+        network = AutoModelForImageToImage.from_pretrained(FOLDER / f"{name}-super-resolution").eval()
         detailed = upscale_to(64, network, model.decode(tokens))
     assert loss.mean() < 4.9  # a uniform guess costs 6.35 nats per token
     assert (loss < mixed).float().mean() > 0.9  # and it knows how places hang together
@@ -93,3 +94,10 @@ def test_the_photos_are_trained():
 
     plain = upscale_to(64, "bicubic", model.decode(tokens))
     assert abs(contrast(detailed) - contrast(pixels)) < 0.5 * abs(contrast(plain) - contrast(pixels))
+
+
+def test_both_models_of_photos_speak_the_same_tokens():
+    small, wide = (AutoModelForCausalLM.from_pretrained(FOLDER / name) for name in ("photos", "photos-wide"))
+    assert small.config.layout == wide.config.layout
+    for index in range(len(small.config.layout.scales)):
+        assert torch.equal(small.codec.codebook(index), wide.codec.codebook(index))

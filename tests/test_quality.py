@@ -142,14 +142,16 @@ def photos() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.rand(40, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1, torch.full((40,), -1)
 
 
-@pytest.mark.parametrize("name", ["faces", "cifar10"])
-def test_rivals_of_colour_images_end_with_the_bundled_network(name):
-    """At its own side of 64, whatever side they are compared at."""
+@pytest.mark.parametrize(("name", "wide"), [("faces", False), ("faces", True), ("cifar10", False), ("faces128", True)])
+def test_rivals_of_colour_images_end_with_the_bundled_network(name, wide):
+    """At its own side of 64 or more, whatever side they are compared at; the wide model's in the sizes for a GPU."""
     images = IMAGE_SETS[name]
     pixels, labels = photos()
-    public = torch.nn.functional.avg_pool2d(pixels, 64 // images.size), labels
-    size = replace(SIZES["quick"], public_steps=1)
-    network = AutoModelForImageToImage.from_pretrained(BUNDLED / "photos-super-resolution").eval()
+    public = torch.nn.functional.interpolate(pixels, (images.size, images.size), mode="area"), labels
+    made_at = max(64, images.size)
+    size = replace(SIZES["quick"], public_steps=1, wide=wide)
+    folder = BUNDLED / f"photos{'-wide' * wide}-super-resolution"
+    network = AutoModelForImageToImage.from_pretrained(folder).eval()
     for method, side in {"ours": 16, "raster": images.size, "pixels": 8, "pixels16": 16, "diffusion": 16}.items():
         generator, cost = public_generator(method, name, images, public, size, Folders())
         assert (cost.flops == 0) == (method == "ours"), method
@@ -158,13 +160,14 @@ def test_rivals_of_colour_images_end_with_the_bundled_network(name):
             averaged = torch.nn.functional.avg_pool2d(coarse, side // 16) if method == "raster" else coarse
             detailed = generator.upscaler(coarse)
             expected, plain = (
-                torch.nn.functional.avg_pool2d(upscale_to(64, how, averaged), 64 // images.size)
+                torch.nn.functional.avg_pool2d(upscale_to(made_at, how, averaged), made_at // images.size)
                 for how in (network, "bicubic")
             )
         torch.testing.assert_close(detailed, expected, msg=method)
         assert detailed.shape == (2, 3, images.size, images.size)
         assert not torch.allclose(detailed, plain, atol=0.01)
         if method == "ours":
+            assert generator.model.config.hidden_size == (192 if wide else 64)
             rows = generator.rows(public[0][:2], torch.tensor([0, 1]))
             assert generator.model.decode(rows[:, 1:]).shape == coarse.shape
             blocks = torch.nn.functional.avg_pool2d(public[0][:2], images.size // 16)
@@ -183,6 +186,10 @@ def test_a_public_model_that_was_kept_is_found_with_its_codec(tmp_path):
         drawn = [generator.sample(labels, torch.Generator().manual_seed(0)) for generator in (made, found)]
         torch.testing.assert_close(*drawn)
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_sizes_for_a_gpu_start_from_the_wide_model():
+    assert {name for name, size in SIZES.items() if size.wide} == {name for name in SIZES if name.endswith("-gpu")}
 
 
 def test_schedules_fit_the_noise():
