@@ -12,9 +12,11 @@ from transformers import AutoModelForImageToImage
 from benchmarks import quality
 from benchmarks.quality import SIZES, Folders, photo_settings, public_generator, temperature
 from benchmarks.quality_data import IMAGE_SETS, check_public
-from benchmarks.quality_figures import coarse_distance
+from benchmarks.quality_figures import coarse_distance, figures
 from benchmarks.quality_methods import DiffusionGenerator, TokenGenerator, train_privately, train_publicly
 from hf_spectral_dp import SpectralConfig
+from hf_spectral_dp.metrics.features import PublicFeatures
+from hf_spectral_dp.metrics.utility import DIFFERENT
 from hf_spectral_dp.super_resolution import upscale, upscale_to
 
 ROOT = Path(__file__).parents[1]
@@ -135,6 +137,20 @@ def test_the_coarse_distance_sees_colours_and_no_detail():
     assert same["value"] == pytest.approx(0, abs=1e-3)
     assert darker["value"] == pytest.approx(64 * 0.01, rel=1e-2)  # the shift of 64 means
     assert not list(coarse_distance(real[:60], real))
+
+
+def test_a_judge_is_asked_about_the_images_that_are_compared():
+    """Through the features that all other distances are taken of, it finds the same distance."""
+    generator = torch.Generator().manual_seed(0)
+    real, drawn = (torch.rand(90, 3, 64, 64, generator=generator) * scale - 1 for scale in (2.0, 1.6))
+    labels, faces = torch.arange(90) % 2, IMAGE_SETS["faces"]
+    rows = {
+        row["metric"]: row
+        for row in figures((drawn, labels), (real, labels), faces, 0, DIFFERENT, 1, 2, 80, judge=PublicFeatures())
+    }
+    judged, known = rows["kernel_distance, public-features"], rows["kernel_distance"]
+    assert judged["value"] == pytest.approx(known["value"], rel=1e-3)
+    assert judged["low"] < judged["value"] < judged["high"] and judged["n"] == 80
 
 
 def photos() -> tuple[torch.Tensor, torch.Tensor]:
