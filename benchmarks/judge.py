@@ -48,6 +48,14 @@ def seen(extractor: FeatureExtractor, images: Tensor) -> Tensor:
     return torch.cat([extractor(some) for some in images.split(50)]).double()
 
 
+def judged(extractor: FeatureExtractor, known: Tensor, images: Tensor) -> dict[str, Any]:
+    """Which judge it is, and its `distance` between real images, whose features it has `seen`, and images (N, 3, S, S).
+
+    Those of real images take longest and are the same for every method: see them once.
+    """
+    return {"extractor": f"{extractor.name}@{extractor.fingerprint[:12]}"} | distance(known, seen(extractor, images))
+
+
 def distance(real: Tensor, drawn: Tensor, resamples: int = 1000) -> dict[str, Any]:
     """The unbiased kernel distance of features, and the middle 95 % of resamples of both sets."""
     matrices, generator = polynomial_kernel(real, drawn), torch.Generator().manual_seed(0)

@@ -51,7 +51,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageToImage
 
-from benchmarks.judge import LiteFeatures
+from benchmarks.judge import LiteFeatures, seen
 from benchmarks.quality_critic import learn_classes
 from benchmarks.quality_data import IMAGE_SETS, ImageSet, Labelled, private_images, public_images
 from benchmarks.quality_figures import figures, save_grid
@@ -244,20 +244,20 @@ def public_generator(
     torch.manual_seed(0)
     pixels, labels = public
     side = images.size
-    bundled = WIDE_PHOTOS if size.wide and images.channels == 3 else BUNDLED.get(name)
-    if folders.codec is not None:
-        bundled = None
+    shipped = WIDE_PHOTOS if size.wide and images.channels == 3 else BUNDLED.get(name)
+    bundled = None if folders.codec is not None else shipped
     trained_at = SpectralConfig.from_pretrained(CHECKPOINTS / bundled[0]).image_size if bundled else side
+    made_at = max(side, trained_at)
     if bundled and method == "ours":
         model = AutoModelForCausalLM.from_pretrained(CHECKPOINTS / bundled[0])
         network = AutoModelForImageToImage.from_pretrained(CHECKPOINTS / bundled[1]).to(device).eval()
         if model.config.num_classes != images.classes:
             model = model.with_classes(images.classes)
-        detailed = partial(upscaler, network, max(side, trained_at), side)
+        detailed = partial(upscaler, network, made_at, side)
         return TokenGenerator(model.to(device), detailed, trained_at / side), Cost(0.0, 0.0)
     known = CHECKPOINTS / bundled[2] if bundled else folders.super_resolution
     network = None if known is None else AutoModelForImageToImage.from_pretrained(known).to(device).eval()
-    enlarged = partial(upscaler, network, max(side, trained_at), side)
+    enlarged = partial(upscaler, network, made_at, side)
     kept = folders.keep / f"{name}_{method}_{size.public_steps}.pt" if folders.keep is not None else None
     found = kept is not None and kept.exists()
     generator: Generator
@@ -380,6 +380,7 @@ def compare(
     private = private_images(images, data, "train", size.private)
     test = private_images(images, data, images.test_split, size.test)
     public = public_images(images, data, size.public)
+    asked = None if judge is None else (judge, seen(judge, test[0][: size.compared].clamp(-1, 1)))
     labels = torch.arange(images.classes).repeat(size.each)
     for method, epsilon, source, before, cost in sources(
         name, methods, epsilons, size, images, private, public, folders, device, data
@@ -402,7 +403,7 @@ def compare(
             shared |= source.sampling | ({"scale_weights": cost.scale_weights} if cost.scale_weights else {})
             rate = len(labels) / seconds
             yield shared | {"metric": "images per second", "value": rate, "low": None, "high": None, "n": len(labels)}
-        for row in figures(drawn, test, images, **size.for_figures, device=device, judge=judge):
+        for row in figures(drawn, test, images, **size.for_figures, device=device, judge=asked):
             yield shared | row | {"size": title}
         if grids is not None and method not in ("ceiling", "real"):  # these are private images
             save_grid(drawn[0], images, grids / f"quality_{name}_{method}_{epsilon:g}.png")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.judge import distance, seen
+from benchmarks.judge import judged
 from benchmarks.quality_data import ImageSet, Labelled
 from hf_spectral_dp.metrics.distances import frechet_distance
 from hf_spectral_dp.metrics.evaluation import evaluate_images
@@ -30,14 +30,15 @@ def figures(
     block: int,
     compared: int,
     device: str = "cpu",
-    judge: FeatureExtractor | None = None,
+    judge: tuple[FeatureExtractor, Tensor] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Rows {"metric", "value", "low", "high", "n"} for images with labels, against real test images.
 
     Accuracy is that of classifiers trained on the images and tested on the real ones: per architecture, and their mean
     with the spread over architectures and seeds. Intervals are of 95 % for other test images. Distances compare equal
     numbers of images, at most `compared`. Classifiers see averages over blocks of side `block`, and are trained on
-    `device`; `classifier_steps` 0 leaves them out. With a `judge`, the kernel distance to its eyes as well.
+    `device`; `classifier_steps` 0 leaves them out. `judge`: whose kernel distance is wanted as well, and
+    what it has `seen` of the test images.
     """
     if classifier_steps:
         smaller = [F.avg_pool2d(_bare(some, kind), block).to(device) for some in (images[0], test[0])]
@@ -56,10 +57,10 @@ def figures(
         yield _row(row["metric"], *figures_) | {"floor": row["floor"], "extractor": row["extractor"]} | note
     yield from coarse_distance(real[:count], drawn[order])
     if judge is not None:
-        found = distance(*(seen(judge, some.clamp(-1, 1)) for some in (real[:count], drawn[order])))
-        row = {name: found[name] for name in ("value", "low", "high", "n")}
-        extractor = f"{judge.name}@{judge.fingerprint[:12]}"
-        yield {"metric": f"kernel_distance, {judge.name}"} | row | {"extractor": extractor}
+        extractor, known = judge
+        found = judged(extractor, known[:count], drawn[order].clamp(-1, 1))
+        row = _row(f"kernel_distance, {extractor.name}", found["value"], found["low"], found["high"], found["n"])
+        yield row | {"extractor": found["extractor"]}
 
 
 def coarse_distance(real: Tensor, drawn: Tensor) -> Iterator[dict[str, Any]]:

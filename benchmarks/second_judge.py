@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.judge import LiteFeatures, distance, seen
+from benchmarks.judge import LiteFeatures, judged, seen
 from benchmarks.quality import SIZES, Folders, public_generator
 from benchmarks.quality_data import IMAGE_SETS, private_images
 from benchmarks.report import write_report
@@ -51,7 +51,7 @@ def pictures(name: str, data: Path) -> Iterator[tuple[str, str, str, Tensor]]:
             yield found[3], found[4], path.name, cut(path, images.size)
 
 
-def judged(names: list[str], data: Path) -> Iterator[dict[str, Any]]:
+def judgements(names: list[str], data: Path) -> Iterator[dict[str, Any]]:
     """The rows of the benchmark."""
     judges: list[FeatureExtractor] = [LiteFeatures(), PublicFeatures()]
     for name in names:
@@ -60,10 +60,8 @@ def judged(names: list[str], data: Path) -> Iterator[dict[str, Any]]:
         real = [seen(judge, test) for judge in judges]
         for method, epsilon, source, drawn in pictures(name, data):
             for judge, known in zip(judges, real, strict=True):
-                yield {
-                    "dataset": name, "epsilon": epsilon, "method": method, "metric": "kernel_distance",
-                    "extractor": f"{judge.name}@{judge.fingerprint[:12]}",
-                } | distance(known, seen(judge, drawn)) | {"source": source}  # fmt: skip
+                shared = {"dataset": name, "epsilon": epsilon, "method": method, "metric": "kernel_distance"}
+                yield shared | judged(judge, known, drawn) | {"source": source}
 
 
 def main() -> None:
@@ -75,7 +73,7 @@ def main() -> None:
     command = "python -m benchmarks.second_judge"
     if arguments.datasets != parser.get_default("datasets"):
         command += f" --datasets {' '.join(arguments.datasets)}"
-    write_report(command, list(judged(arguments.datasets, arguments.data)), arguments.out)
+    write_report(command, list(judgements(arguments.datasets, arguments.data)), arguments.out)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import yaml
 from transformers import AutoModelForImageToImage
 
 from benchmarks import quality
+from benchmarks.judge import seen
 from benchmarks.quality import SIZES, Folders, photo_settings, public_generator, temperature
 from benchmarks.quality_data import IMAGE_SETS, check_public
 from benchmarks.quality_figures import coarse_distance, figures
@@ -144,9 +145,10 @@ def test_a_judge_is_asked_about_the_images_that_are_compared():
     generator = torch.Generator().manual_seed(0)
     real, drawn = (torch.rand(90, 3, 64, 64, generator=generator) * scale - 1 for scale in (2.0, 1.6))
     labels, faces = torch.arange(90) % 2, IMAGE_SETS["faces"]
+    judge = (PublicFeatures(), seen(PublicFeatures(), real))
     rows = {
         row["metric"]: row
-        for row in figures((drawn, labels), (real, labels), faces, 0, DIFFERENT, 1, 2, 80, judge=PublicFeatures())
+        for row in figures((drawn, labels), (real, labels), faces, 0, DIFFERENT, 1, 2, 80, judge=judge)
     }
     judged, known = rows["kernel_distance, public-features"], rows["kernel_distance"]
     assert judged["value"] == pytest.approx(known["value"], rel=1e-3)

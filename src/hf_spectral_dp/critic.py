@@ -143,9 +143,9 @@ def best_of(critic: Callable[[Tensor], Tensor], candidates: Sequence[Tensor], la
         critic: gives logits (B, num_classes) of images.
         candidates: images (B, C, H, W) in [-1, 1], one for each label. labels: (B,).
     """
-    likely = torch.stack([critic(images).log_softmax(1) for images in candidates])  # (candidates, B, num_classes)
-    asked = labels.to(likely.device).expand(len(likely), -1)[..., None]
-    return likely.gather(2, asked)[..., 0].argmax(0)
+    likely = [critic(images).log_softmax(1) for images in candidates]  # where the critic is, wherever the images are
+    asked = labels.to(likely[0].device)[:, None]
+    return torch.cat([some.gather(1, asked) for some in likely], 1).argmax(1)
 
 
 __all__ = ["ClassCritic", "ClassCriticConfig", "best_of"]
