@@ -52,7 +52,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageToImage
 
 from benchmarks.judge import LiteFeatures, seen
-from benchmarks.quality_critic import learn_classes
+from benchmarks.quality_critic import choose_by, learn_classes, private_mean
 from benchmarks.quality_data import IMAGE_SETS, ImageSet, Labelled, private_images, public_images
 from benchmarks.quality_figures import figures, save_grid
 from benchmarks.quality_methods import (
@@ -76,10 +76,11 @@ ATTEMPTS = 5  # of every token model, where classifiers learn from its images
 CHECKPOINTS = Path(__file__).parents[1] / "src" / "hf_spectral_dp" / "checkpoints"
 PHOTOS = ("photos", "photos-super-resolution", "photos-super-resolution")
 WIDE_PHOTOS = ("photos-wide", "photos-wide-super-resolution", "photos-wide-super-resolution")
+FACES = ("photos", *WIDE_PHOTOS[1:])
 BUNDLED = {
     "mnist": ("digits-fine", "digits-fine-super-resolution", "digits-super-resolution"),
-    "faces": PHOTOS,
-    "faces128": PHOTOS,
+    "faces": FACES,
+    "faces128": FACES,
     "cifar10": PHOTOS,
 }
 """By image set: public model of ours, the network that goes with its codec, and the one that all others end with.
@@ -336,29 +337,36 @@ def sources(
             yield "ceiling", math.inf, (base.decoded(some), private[1][: len(some)]), before, free
         if method == "ours" and "floor" in methods:
             yield "floor", 0.0, base, before, free
+        likeness = method == "ours" and images.channels == 3 and not size.classifier_steps  # images count, not classes
         for epsilon in epsilons if method in methods else []:
             generator, prepared = copy.deepcopy(base), before
-            if math.isinf(epsilon):
-                cost = train_publicly(generator, rows, size.twin_steps, size.public_batch, learning_rate=1e-3)
-            else:
-                settings = SETTINGS[method] | {
-                    "max_steps": size.steps,
-                    "expected_batch_size": size.batch,
-                    "micro_batch_size": size.micro_batch,
-                }
-                if images.channels == 3:
-                    settings |= photo_settings(method, epsilon, size.steps)
-                    if method == "ours" and size.classifier_steps:  # as for `attempts`
-                        settings["scale_weights"] = scale_weights(len(base.model.config.layout.scales))
-                if method == "ours" and size.wide:
-                    settings["bf16"] = device != "cpu"
-                with tempfile.TemporaryDirectory() as folder:
+            with tempfile.TemporaryDirectory() as folder:
+                if likeness:
+                    mean, ledgers = private_mean(generator, private, epsilon, DELTA, Path(folder) / "mean")
+                if math.isinf(epsilon):
+                    cost = train_publicly(generator, rows, size.twin_steps, size.public_batch, learning_rate=1e-3)
+                else:
+                    settings = SETTINGS[method] | {
+                        "max_steps": size.steps,
+                        "expected_batch_size": size.batch,
+                        "micro_batch_size": size.micro_batch,
+                    }
+                    if images.channels == 3:
+                        settings |= photo_settings(method, epsilon, size.steps)
+                        if method == "ours" and size.classifier_steps:  # as for `attempts`
+                            settings["scale_weights"] = scale_weights(len(base.model.config.layout.scales))
+                    if method == "ours" and size.wide:
+                        settings["bf16"] = device != "cpu"
                     if method == "ours" and photos is not None:
                         ledger, prepared = learn_classes(
                             generator, rows, photos, epsilon, DELTA, size.taught, Path(folder)
                         )
                         settings["earlier_ledgers"] = [ledger]
+                    if likeness:
+                        settings["earlier_ledgers"] = ledgers
                     cost = train_privately(generator, rows, epsilon, DELTA, **settings)
+            if likeness:
+                cost = choose_by(mean, generator, cost, len(private[0]))
             yield method, epsilon, generator, prepared, cost
 
 

@@ -1,20 +1,27 @@
-"""A private critic of classes in the quality benchmark: as examples/warm_start.py does it, on rows in memory.
+"""Private critics in the quality benchmark: as examples/train.py has them, on rows in memory.
 
-At a tenth of the budget at epsilon 10, three tenths at 1, a critic is trained by `DPTrainer` on features of the private
-images; it chooses the public photos from which the public model learns the classes, and later among generated images.
+Where classes count, at a tenth of the budget at epsilon 10, three tenths at 1, a critic of classes is trained by
+`DPTrainer` on features of the private images; it chooses the public photos from which the public model learns the
+classes, and later among generated images. Where only the images count, a tenth of the budget is for their mean.
 """
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.quality_data import Labelled
 from benchmarks.quality_methods import Cost, TokenGenerator, train_publicly
-from hf_spectral_dp import ClassCritic, DPTrainer
-from hf_spectral_dp.feature_rows import RowsInMemory, critic_arguments
+from hf_spectral_dp import ClassCritic, DPTrainer, MeanCritic
+from hf_spectral_dp.feature_rows import RowsInMemory, critic_arguments, draw_choices, mean_arguments
 from hf_spectral_dp.metrics.features import PublicFeatures
 from hf_spectral_dp.trainer import LEDGER
 
+CHOICES = 8  # images of which the private mean keeps one
+MEAN_SHARE = 0.1  # of epsilon, for the private mean
 SHARE = 0.1  # of the photos that are learned from for each class
 TEMPERATURE = 1.0
 """Of sampling, for all scales: the nearest to the public photos that the critic chose, which looks at no private image.
@@ -73,3 +80,46 @@ def learn_classes(
     taught[:, 0] = torch.arange(classes).repeat_interleave(chosen.shape[1]).repeat(2) + model.config.layout.codes
     cost = train_publicly(generator, taught, steps, batch_size=128, learning_rate=1.5e-3, hide=0.1)
     return str(folder / LEDGER), cost
+
+
+def private_mean(
+    generator: TokenGenerator, private: Labelled, epsilon: float, delta: float, folder: Path
+) -> tuple[MeanCritic, list[str]]:
+    """A critic that knows the mean of the private images, within `MEAN_SHARE` of epsilon (exactly, if that is inf).
+
+    Returns:
+        It, before it can choose (see `choose_by`), and its ledgers, for the training that follows.
+    """
+    images, labels = private
+    critic = MeanCritic.on(PublicFeatures().network, generator.model.config.num_classes).to(generator.model.device)
+    seen = torch.cat([critic.features(some.to(critic.device)).cpu() for some in images.split(500)])
+    rows = torch.cat([labels[:, None].float(), seen], 1)
+    if math.isinf(epsilon):
+        critic.per_example_loss(rows.to(critic.device)).mean().backward()
+        for values in (critic.sums.weight, critic.sums.bias):
+            values.data, values.grad = -values.grad, None
+        return critic, []
+    arguments = mean_arguments(
+        str(folder), MEAN_SHARE * epsilon, delta, disable_tqdm=True, logging_strategy="no",
+        use_cpu=critic.device.type == "cpu",
+    )  # fmt: skip
+    DPTrainer(critic, arguments, RowsInMemory(rows)).train()
+    return critic.eval(), [str(folder / LEDGER)]
+
+
+def choose_by(critic: MeanCritic, generator: TokenGenerator, cost: Cost, private: int) -> Cost:
+    """Lets the critic choose among `CHOICES` images of the trained generator; its cost, with what this took added.
+
+    `private`: images that the mean is of, which a public network looked at.
+    """
+    seed = torch.Generator(generator.model.device).manual_seed(1)
+    features, labels = draw_choices(lambda some, _: generator.sample(some, seed), critic, CHOICES)
+    critic.fit(features, labels)
+    with FlopCounterMode(display=False) as counter:
+        images = generator.sample(torch.zeros(4, dtype=torch.long), seed)
+        drawn = counter.get_total_flops() / 4
+        critic.features(images.to(critic.device))
+    looked = counter.get_total_flops() / 4 - drawn
+    generator.critic, generator.attempts = critic, CHOICES
+    choices = features.shape[0] * CHOICES
+    return replace(cost, flops=cost.flops + choices * (drawn + looked) + private * looked)

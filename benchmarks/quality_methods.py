@@ -17,8 +17,8 @@ from diffusers import DDIMScheduler, UNet2DModel
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_spectral_dp import ClassCritic, DPTrainer, DPTrainingArguments, SpectralConfig, SpectralTokenizerForCausalLM
-from hf_spectral_dp.critic import best_of
+from hf_spectral_dp import DPTrainer, DPTrainingArguments, SpectralConfig, SpectralTokenizerForCausalLM
+from hf_spectral_dp.critic import Critic
 from hf_spectral_dp.feature_rows import RowsInMemory
 
 Upscaler = Callable[[Tensor], Tensor]
@@ -39,7 +39,7 @@ class TokenGenerator:
     def __init__(self, model: SpectralTokenizerForCausalLM, upscaler: Upscaler, enlarge: float = 1):
         self.model, self.upscaler, self.enlarge = model, upscaler, enlarge
         self.attempts = 1
-        self.critic: ClassCritic | None = None
+        self.critic: Critic | None = None
         self.temperature: float | list[float] = 1.0
 
     @classmethod
@@ -85,12 +85,14 @@ class TokenGenerator:
             candidates.append(self.upscaler(self.model.decode(tokens)).cpu())
         if self.critic is None:
             return candidates[0]
-        return torch.stack(candidates, 1)[torch.arange(len(labels)), best_of(self.critic, candidates, labels).cpu()]
+        best = self.critic.choose(candidates, labels, generator).cpu()
+        return torch.stack(candidates, 1)[torch.arange(len(labels)), best]
 
     @property
     def sampling(self) -> dict[str, Any]:
         """How images are drawn, for the rows of a report."""
-        return {"temperature": self.temperature, "attempts": self.attempts, "critic": self.critic is not None}
+        critic = False if self.critic is None else type(self.critic).__name__
+        return {"temperature": self.temperature, "attempts": self.attempts, "critic": critic}
 
     def name_classes(self) -> None:
         """After training on images without labels: every class starts from what is known of the null token."""

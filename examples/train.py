@@ -9,10 +9,11 @@ super-resolution model, and writes to the config's `output` folder:
     tokens/      the token rows, as private as the images
     training/    checkpoints and the privacy ledger; keep them together and private
 
-With a `critic` section, a small part of the budget goes into a critic that chooses public photos for each class, from
-which the public model learns the classes before private training begins; see warm_start.py. With an `evaluation`
-section it also prints the accuracy on real test images of a classifier trained on the generated ones, beside its
-controls. All sections and fields are explained in examples/configs/demo.yaml.
+With a `critic` section, a small part of the budget goes into a critic that chooses among the images drawn: by the mean
+of the private images (`kind: mean`, see private_mean.py), or by their classes (`kind: classes`, see warm_start.py), for
+which it also chooses public photos, so that the public model learns the classes before private training begins. With an
+`evaluation` section it also prints the accuracy on real test images of a classifier trained on the generated ones,
+beside its controls. All sections and fields are explained in examples/configs/demo.yaml.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import torch
 import yaml
 from accelerate import PartialState
 from controls import compare, real_images
+from private_mean import learn_to_choose, mean_of
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageToImage
 from warm_start import NOTE, private_arguments, taught
 
@@ -43,7 +45,7 @@ FIELDS = {
     | {"caption_column", "caption_files"},
     "model": {"prior", "prior_source", "super_resolution", "super_resolution_source", "num_classes"}
     | {"text_encoder", "text_encoder_source", "max_text_tokens"},
-    "critic": {"target_epsilon", "public", "public_split", "public_source", "network", "share", "max_steps"}
+    "critic": {"kind", "target_epsilon", "public", "public_split", "public_source", "network", "share", "max_steps"}
     | {"learning_rate", "public_steps"},
     "training": set(DPTrainingArguments.__dataclass_fields__) - {"output_dir"},
     "sampling": set(SAMPLING_VALUES),
@@ -55,6 +57,15 @@ REQUIRED = {
     "model": {"prior", "prior_source", "super_resolution", "super_resolution_source"},
     "training": {"target_epsilon"},
     "card": {"hyperparameter_tuning", "tuning_data"},
+}
+TEXT = ("data.caption_column", "model.text_encoder", "model.text_encoder_source", "card.prompts")
+CRITICS = {  # by kind: fields that it needs, and the config that explains them
+    "classes": ({"target_epsilon", "public", "public_source"}, "cifar10.yaml"),
+    "mean": ({"target_epsilon"}, "faces.yaml"),
+}
+DRAWN = {
+    "classes": "the critic keeps the one that shows its class likeliest",
+    "mean": "the critic keeps one, at odds for which images kept have the private mean of public features",
 }
 
 
@@ -73,17 +84,29 @@ def read_config(path: str) -> dict[str, Any]:
     if empty := [name for name in texts if not str(config[name.split(".")[0]][name.split(".")[1]] or "").strip()]:
         raise ValueError(f"{path}: {', '.join(empty)} must say something: the card will hold it, and a card without it"
                          " is refused.")  # fmt: skip
-    needed = ("data.caption_column", "model.text_encoder", "model.text_encoder_source", "card.prompts")
-    missing = [name for name in needed if not config[name.split(".")[0]].get(name.split(".")[1])]
-    if missing and missing != list(needed):
-        raise ValueError(f"{path} lacks {', '.join(missing)}; a model with text needs all of {', '.join(needed)}.")
-    if not missing and config["evaluation"]:
+    missing = [name for name in TEXT if not config[name.split(".")[0]].get(name.split(".")[1])]
+    textual = not missing
+    if missing and missing != list(TEXT):
+        raise ValueError(f"{path} lacks {', '.join(missing)}; a model with text needs all of {', '.join(TEXT)}.")
+    if textual and config["evaluation"]:
         raise ValueError(f"{path}: evaluation trains classifiers on class labels, which a model with text has none of.")
     if critic := config["critic"]:
-        if missing := {"target_epsilon", "public", "public_source"} - set(critic):
-            raise ValueError(f"{path}: critic lacks {sorted(missing)}; examples/configs/cifar10.yaml explains them.")
-        if not config["data"].get("label_column"):
+        kind = critic.setdefault("kind", "classes")
+        if kind not in CRITICS:
+            raise ValueError(f"{path}: critic.kind={kind!r} is unknown; use one of {', '.join(CRITICS)}.")
+        needed, example = CRITICS[kind]
+        if missing := needed - set(critic):
+            raise ValueError(f"{path}: critic lacks {sorted(missing)}; examples/configs/{example} explains them.")
+        if kind == "classes" and not config["data"].get("label_column"):
             raise ValueError(f"{path}: a critic tells classes apart, and data.label_column names none.")
+        if kind == "mean" and (unused := set(critic) - {"kind", "target_epsilon", "network"}):
+            raise ValueError(f"{path}: critic of kind mean takes no {sorted(unused)}; leave them out.")
+        if kind == "mean" and config["sampling"].get("attempts", 1) < 2:
+            raise ValueError(f"{path}: a critic of kind mean chooses among sampling.attempts images; give 2 or more, 8"
+                             " are usual.")  # fmt: skip
+        if kind == "mean" and textual:
+            raise ValueError(f"{path}: a critic of kind mean would draw all prompts towards one mean; leave it out for"
+                             " a model with text.")  # fmt: skip
         if (sampling := config["training"].get("sampling", "poisson")) != "poisson":
             raise ValueError(f"{path}: the critic's batches are those of sampling='poisson', and training.sampling="
                              f"{sampling!r} is accounted under another relation; use poisson for both.")  # fmt: skip
@@ -97,17 +120,21 @@ def located(name: str) -> str:
     return str(importlib.resources.files("hf_spectral_dp") / "checkpoints" / name.removeprefix("bundled:"))
 
 
+def private_images(data: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The stream of the config's images, and the names of their columns as `build_token_store` takes them."""
+    options = {name: data[name] for name in ("config_name", "revision", "caption_files") if name in data}
+    optional = ("image_column", "label_column", "caption_column", "unit_column", "max_rows_per_unit")
+    columns = {name: data[name] for name in optional if name in data}
+    return load_images(data["source"], data["split"], **options), columns
+
+
 def tokenise(
     config: dict[str, Any], model: Any, processor: Any, text: tuple[Any, Any], views: Views | None, folder: Path
 ) -> TokenStore:
     """The token rows: made once by the first process of the machine, opened by the others and by resumed runs."""
-    data = config["data"]
-    options = {name: data[name] for name in ("config_name", "revision", "caption_files") if name in data}
     with PartialState().local_main_process_first():
         if not folder.exists():
-            images = load_images(data["source"], data["split"], **options)
-            optional = ("image_column", "label_column", "caption_column", "unit_column", "max_rows_per_unit")
-            columns = {name: data[name] for name in optional if name in data}
+            images, columns = private_images(config["data"])
             encoder, tokenizer = text
             build_token_store(images, model, processor, folder, **columns, views=views, text_encoder=encoder,
                               tokenizer=tokenizer)  # fmt: skip
@@ -179,8 +206,11 @@ def main() -> None:
     evaluated = config["evaluation"] if PartialState().is_main_process else None
     test = real_images(evaluated, processor) if evaluated else None
     public, judge = copy.deepcopy(model) if test else None, None
-    if config["critic"]:
-        model, judge, ledger = taught(config["critic"], model, processor, detail, store, args, output)
+    if critic := config["critic"]:
+        if critic["kind"] == "mean":
+            judge, ledger = mean_of(critic, *private_images(data), model, processor, store, args, output)
+        else:
+            model, judge, ledger = taught(critic, model, processor, detail, store, args, output)
         args.earlier_ledgers = [ledger]
     trainer = DPTrainer(model, args, store)
     trainer.train(resume_from_checkpoint=arguments.resume or None)
@@ -190,6 +220,8 @@ def main() -> None:
     # 3. The pipeline with samples of a fixed seed, not picked by hand.
     merged = trainer.merged_model().cpu().eval()
     pipeline = DPSpectralPipeline(merged, processor, detail, *text, critic=judge, **config["sampling"])
+    if critic and critic["kind"] == "mean":
+        learn_to_choose(pipeline, args.seed)
     folder = output / "pipeline"
     pipeline.save_pretrained(folder)
     classes = torch.arange(model.config.num_classes).repeat(8) if model.config.num_classes else None
@@ -206,12 +238,12 @@ def main() -> None:
     if evaluation:
         section = config["evaluation"]
         looks.append(f"The figures under Quality: measured on images of {section['source']}, {section['split']}.")
-    models, critic = config["model"], config["critic"]
-    if critic:
+    models, photos = config["model"], critic.get("public_source")
+    if photos:
         run["stages"].insert(1, {"name": "learning the classes", "private": False, "note": NOTE})
-        if (attempts := pipeline.config.attempts) > 1:
-            kept = f"of {attempts} images drawn, the critic keeps the one that shows its class likeliest"
-            run["stages"].append({"name": "choosing among samples", "private": False, "note": kept})
+    if critic and (attempts := pipeline.config.attempts) > 1:
+        kept = f"of {attempts} images drawn, {DRAWN[critic['kind']]}"
+        run["stages"].append({"name": "choosing among samples", "private": False, "note": kept})
     encoder = [{"role": "text encoder", "source": models["text_encoder_source"]}] if prompts else []
     report = {
         **run,
@@ -224,7 +256,7 @@ def main() -> None:
             {"role": "codec and prior", "source": models["prior_source"]},
             {"role": "super-resolution", "source": models["super_resolution_source"]},
             *encoder,
-            *([{"role": "photos that a private critic chose", "source": critic["public_source"]}] if critic else []),
+            *([{"role": "photos that a private critic chose", "source": photos}] if photos else []),
         ],
         "hyperparameter_tuning": {
             "statement": about["hyperparameter_tuning"],

@@ -1,8 +1,9 @@
 """The public model learns the private classes from public photos, which a private critic chose.
 
-Run by train.py when a config has a `critic` section. A few noisy sums over all private images train the critic
-(`hf_spectral_dp.critic`), at a part of the budget; what it then says of public photos, and what the public model learns
-from these, is post-processing. Writes to the output folder, beside train.py's:
+Run by train.py when a config has a `critic` section (of `kind: classes`; private_mean.py is for the other kind). A few
+noisy sums over all private images train the critic (`hf_spectral_dp.critic`), at a part of the budget; what it then
+says of public photos, and what the public model learns from these, is post-processing. Writes to the output folder,
+beside train.py's:
 
     critic/          the critic, which the pipeline saves again, and its ledger in critic/training: keep that private
     public_tokens/   the token rows of the public photos
@@ -18,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hf_spectral_dp import ClassCritic, DPTrainer, DPTrainingArguments, SpectralTokenizerForCausalLM
-from hf_spectral_dp.feature_rows import FeatureRows, critic_arguments, features_of, features_of_rows
+from hf_spectral_dp.feature_rows import FeatureRows, critic_arguments, features_of, features_of_rows, mean_arguments
 from hf_spectral_dp.image_sources import load_images
 from hf_spectral_dp.metrics.features import PublicFeatures
 from hf_spectral_dp.metrics.public_features import CHECKPOINT
@@ -49,8 +50,9 @@ class Chosen:
 def private_arguments(section: dict[str, Any], args: DPTrainingArguments, output: Path) -> DPTrainingArguments:
     """The critic's own private run, as the config's `critic` section asks for it."""
     asked = {name: section[name] for name in ("max_steps", "learning_rate") if name in section}
+    recipe = mean_arguments if section.get("kind") == "mean" else critic_arguments
     folder = str(output / "critic" / "training")
-    return critic_arguments(folder, section["target_epsilon"], args.target_delta, use_cpu=args.use_cpu, **asked)
+    return recipe(folder, section["target_epsilon"], args.target_delta, use_cpu=args.use_cpu, **asked)
 
 
 def public_rows(section: dict[str, Any], model: Any, processor: Any, folder: Path) -> TokenStore:

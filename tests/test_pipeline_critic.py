@@ -9,7 +9,7 @@ from test_critic import network
 from test_pipeline_spectral import coarse_model, pipeline, seeded
 from test_pipeline_spectral import network as super_resolution
 
-from hf_spectral_dp import ClassCritic, PrivacyCard
+from hf_spectral_dp import ClassCritic, MeanCritic, PrivacyCard
 from hf_spectral_dp.assessment import draw_images
 from hf_spectral_dp.pipeline_spectral import DPSpectralPipeline
 from hf_spectral_dp.released_files import hash_released
@@ -46,6 +46,41 @@ def test_where_there_is_nothing_to_choose_a_critic_changes_nothing(given):
     with_critic, without = pipeline(critic=critic(), attempts=3), pipeline()
     first = with_critic(**given, generator=seeded(), output_type="latent").images
     assert torch.equal(first, without(**given, generator=seeded(), output_type="latent").images)
+
+
+def mean_critic(classes: int) -> MeanCritic:
+    made = MeanCritic.on(network(), classes)
+    torch.nn.init.normal_(made.exponents, std=5.0, generator=torch.Generator().manual_seed(0))
+    return made
+
+
+def test_a_critic_that_knows_no_classes_chooses_without_labels(tmp_path):
+    pipe = pipeline(scales=2, super_resolution=super_resolution(), critic=mean_critic(0), attempts=4, num_classes=0)
+    drawn = pipe(num_images=6, generator=seeded(), output_type="latent").images
+    generator = seeded()
+    candidates = [pipe.model.decode(pipe.model.sample(None, 6, generator=generator)) for _ in range(4)]
+    best = pipe.critic.choose([upscale(pipe.super_resolution, images) for images in candidates], None, generator)
+    assert torch.equal(drawn, torch.stack([candidates[attempt][row] for row, attempt in enumerate(best.tolist())]))
+    assert len(set(best.tolist())) > 1
+    pipe.save_pretrained(tmp_path)
+    again = DPSpectralPipeline.from_pretrained(tmp_path)
+    assert torch.equal(again(num_images=6, generator=seeded(), output_type="latent").images, drawn)
+    with pytest.raises(ValueError, match="attempts=4 must be at least 1; more need class_labels and all tokens"):
+        pipe(num_images=2, attempts=4, num_scales=1)
+    assert len(pipe(num_images=2, num_scales=1).images) == 2  # the saved number holds for whole images only
+
+
+def test_a_mean_for_every_class_chooses_for_labels():
+    pipe = pipeline(scales=2, super_resolution=super_resolution(), critic=mean_critic(10), attempts=4)
+    with_choice, without = (
+        pipe(class_labels=[1, 2] * 10, generator=seeded(), output_type="latent", attempts=attempts).images
+        for attempts in (None, 1)
+    )
+    assert not torch.equal(with_choice, without)
+    assert torch.equal(
+        pipe(num_images=3, generator=seeded(), output_type="latent").images,
+        pipe(num_images=3, generator=seeded(), output_type="latent", attempts=1).images,
+    )
 
 
 def test_attempts_need_labels_with_a_critic_too():

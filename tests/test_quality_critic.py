@@ -3,9 +3,19 @@
 import pytest
 import torch
 
-from benchmarks.quality_critic import critic_settings, features, learn_classes, photo_rows
-from benchmarks.quality_methods import TokenGenerator, train_privately
+from benchmarks.quality_critic import (
+    CHOICES,
+    MEAN_SHARE,
+    choose_by,
+    critic_settings,
+    features,
+    learn_classes,
+    photo_rows,
+    private_mean,
+)
+from benchmarks.quality_methods import Cost, TokenGenerator, train_privately
 from hf_spectral_dp import SpectralConfig
+from hf_spectral_dp.metrics.features import PublicFeatures
 from hf_spectral_dp.privacy.ledger import read_ledger
 
 
@@ -54,12 +64,12 @@ def test_photos_have_no_class_and_are_seen_through_the_tokens(generator):
 
 
 def test_of_the_attempts_the_one_stays_that_the_critic_likes_best(generator):
-    class Bright(torch.nn.Module):
+    class Bright:
         """Class 1 is bright, class 0 dark."""
 
-        def forward(self, shown: torch.Tensor) -> torch.Tensor:
-            light = shown.mean((1, 2, 3))
-            return torch.stack([-light, light], 1) * 50
+        def choose(self, candidates: list[torch.Tensor], labels: torch.Tensor, generator: object) -> torch.Tensor:
+            light = torch.stack([shown.mean((1, 2, 3)) for shown in candidates], 1)
+            return torch.where(labels == 1, light.argmax(1), light.argmin(1))
 
     labels = torch.arange(40) % 2
     plain = generator.sample(labels, torch.Generator().manual_seed(0)).mean((1, 2, 3))
@@ -67,3 +77,29 @@ def test_of_the_attempts_the_one_stays_that_the_critic_likes_best(generator):
     chosen = generator.sample(labels, torch.Generator().manual_seed(0)).mean((1, 2, 3))
     assert (chosen[labels == 1] >= plain[labels == 1]).all() and (chosen[labels == 0] <= plain[labels == 0]).all()
     assert (chosen != plain).float().mean() > 0.5
+
+
+def test_mean_and_training_share_one_budget_and_the_twin_knows_the_mean_exactly(generator, tmp_path):
+    private = images(50, 1), torch.arange(50) % 2
+    critic, (ledger,) = private_mean(generator, private, 8.0, 1e-5, tmp_path)
+    run = read_ledger(ledger)
+    assert run["charged"] == 1 and run["header"]["plan"]["target_epsilon"] == 8.0 * MEAN_SHARE
+    settings = {"max_steps": 3, "expected_batch_size": 10, "micro_batch_size": 10, "earlier_ledgers": [ledger]}
+    own = train_privately(generator, generator.rows(*private), 8.0, 1e-5, **settings)
+    assert 7.9 < own.epsilon <= 8
+    exact, ledgers = private_mean(generator, private, float("inf"), 1e-5, tmp_path / "twin")
+    directions = torch.nn.functional.normalize(PublicFeatures().network.features(private[0]), dim=1)
+    for label in range(2):
+        mean = exact.sums.weight[label] / exact.sums.bias[label]
+        assert torch.allclose(mean, directions[private[1] == label].mean(0), atol=1e-5)
+    assert ledgers == [] and not torch.equal(critic.sums.weight, exact.sums.weight)
+
+
+@pytest.mark.slow
+def test_what_the_choice_costs_is_counted(generator, tmp_path):
+    private = images(50, 1), torch.arange(50) % 2
+    exact, _ = private_mean(generator, private, float("inf"), 1e-5, tmp_path)
+    cost = choose_by(exact, generator, Cost(1.0, 5.0, steps=3), 50)
+    assert cost.flops > 5 and (cost.seconds, cost.steps) == (1.0, 3)
+    assert generator.sampling["critic"] == "MeanCritic" and generator.attempts == CHOICES
+    assert exact.exponents.abs().sum(1).gt(0).all()

@@ -18,6 +18,7 @@ from .super_resolution import SpectralSuperResolution, SpectralSuperResolutionCo
 if TYPE_CHECKING:
     from .card import PrivacyCard
     from .critic import ClassCritic
+    from .mean_critic import MeanCritic
     from .pipeline_spectral import DPSpectralPipeline
     from .privacy.budget import PrivacyBudget
     from .trainer import DPTrainer
@@ -28,6 +29,7 @@ _LATER = {
     "DPSpectralPipeline": "pipeline_spectral",
     "DPTrainer": "trainer",
     "DPTrainingArguments": "training_args",
+    "MeanCritic": "mean_critic",
     "PrivacyBudget": "privacy.budget",
     "PrivacyCard": "card",
 }
@@ -56,6 +58,7 @@ __all__ = [
     "DPSpectralPipeline",
     "DPTrainer",
     "DPTrainingArguments",
+    "MeanCritic",
     "PrivacyBudget",
     "PrivacyCard",
     "SpectralCodec",

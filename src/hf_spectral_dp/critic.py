@@ -5,10 +5,11 @@ critic then says of public photos, or of what the generator draws, is post-proce
 private classes from public photos before private training begins (PrivImage, arXiv:2311.12850, chooses public classes
 by a private query), and the pipeline can keep those of its images that look most like their class.
 
-The critic is trained on images as the generator makes them: through codec and super-resolution, not the originals.
+That critic is trained on images as the generator makes them: through codec and super-resolution, not the originals.
+`mean_critic.MeanCritic` chooses among what the generator draws by another knowledge, for images without classes, too.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,23 +21,66 @@ from .metrics.public_features import PublicFeatureConfig, PublicFeatureNetwork
 from .safe_loading import HubModel
 
 
-class ClassCriticConfig(PreTrainedConfig):
-    """Shape of a `ClassCritic`.
+class CriticConfig(PreTrainedConfig):
+    """Shape of a critic.
 
     Args:
-        num_classes: of the private images.
+        num_classes: of the private images; 0 if these have none.
         network: fields of the `PublicFeatureConfig` of its public network.
     """
 
-    model_type = "spectral_class_critic"
+    model_type = "spectral_critic"
 
-    def __init__(self, num_classes: int = 10, network: dict[str, Any] | None = None, **kwargs: Any):
+    def __init__(self, num_classes: int = 0, network: dict[str, Any] | None = None, **kwargs: Any):
         super().__init__(**kwargs)
         self.num_classes = num_classes
         self.network = network or {}
 
 
-class ClassCritic(HubModel, PreTrainedModel):
+class Critic(HubModel, PreTrainedModel):
+    """What all critics share: a public network that stays as it is, and a choice among images."""
+
+    config_class = CriticConfig
+    base_model_prefix = "critic"
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: CriticConfig):
+        super().__init__(config)
+        self.network = PublicFeatureNetwork(PublicFeatureConfig(**config.network)).requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "Critic":
+        """As in torch, but the public network stays as it is: its normalisation must not follow private batches."""
+        super().train(mode)
+        self.network.train(False)
+        return self
+
+    @classmethod
+    def on(cls, network: PublicFeatureNetwork, num_classes: int) -> Any:
+        """An untrained critic that looks at images through a copy of a public network."""
+        names = ("image_size", "widths", "num_classes")
+        critic = cls(cls.config_class(num_classes, {name: getattr(network.config, name) for name in names}))
+        critic.network.load_state_dict(network.state_dict())
+        return critic
+
+    @torch.no_grad()
+    def features(self, pixel_values: Tensor) -> Tensor:
+        """Features (B, D) of images (B, 1 or 3, H, W) in [-1, 1], as the public network sees them."""
+        return self.network.features(pixel_values)
+
+    def choose(
+        self, candidates: Sequence[Tensor], labels: Tensor | None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Which of several images is kept: indices (B,) into `candidates`, on the critic's device.
+
+        Args:
+            candidates: images (B, C, H, W) in [-1, 1], at least one of each.
+            labels: class (B,) that they were drawn for, or None where the critic knows no classes.
+            generator: of random choices.
+        """
+        raise NotImplementedError
+
+
+class ClassCritic(Critic):
     """Softmax regression on features that are whitened by public images and brought to length 1.
 
     Network and whitening are public: see `on` and `fit`. The regression is private: train it by `DPTrainer`, whose
@@ -45,14 +89,10 @@ class ClassCritic(HubModel, PreTrainedModel):
     norm of 1 scales them all alike.
     """
 
-    config_class = ClassCriticConfig
-    base_model_prefix = "critic"
-    main_input_name = "pixel_values"
     _keep_in_fp32_modules_strict = ["network", "mean", "whitening", "regression"]  # a small model; half would not pay
 
-    def __init__(self, config: ClassCriticConfig):
+    def __init__(self, config: CriticConfig):
         super().__init__(config)
-        self.network = PublicFeatureNetwork(PublicFeatureConfig(**config.network)).requires_grad_(False)
         dim = self.network.feature_mean.numel()
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("whitening", torch.eye(dim))
@@ -65,20 +105,6 @@ class ClassCritic(HubModel, PreTrainedModel):
         if module is self.regression:  # all classes alike: nothing is known of them yet
             nn.init.zeros_(self.regression.weight)
             nn.init.zeros_(self.regression.bias)
-
-    def train(self, mode: bool = True) -> "ClassCritic":
-        """As in torch, but the public network stays as it is: its normalisation must not follow private batches."""
-        super().train(mode)
-        self.network.train(False)
-        return self
-
-    @classmethod
-    def on(cls, network: PublicFeatureNetwork, num_classes: int) -> "ClassCritic":
-        """An untrained critic that looks at images through a copy of a public network."""
-        names = ("image_size", "widths", "num_classes")
-        critic = cls(ClassCriticConfig(num_classes, {name: getattr(network.config, name) for name in names}))
-        critic.network.load_state_dict(network.state_dict())
-        return critic
 
     @torch.no_grad()
     def fit(self, features: Tensor) -> None:
@@ -97,11 +123,6 @@ class ClassCritic(HubModel, PreTrainedModel):
         variances += 1e-3 * variances.mean()
         self.mean.copy_(mean)
         self.whitening.copy_(directions * variances.rsqrt())
-
-    @torch.no_grad()
-    def features(self, pixel_values: Tensor) -> Tensor:
-        """Features (B, D) of images (B, 1 or 3, H, W) in [-1, 1], as the public network sees them."""
-        return self.network.features(pixel_values)
 
     def classify(self, features: Tensor) -> Tensor:
         """Logits (B, num_classes) of features (B, D)."""
@@ -135,17 +156,14 @@ class ClassCritic(HubModel, PreTrainedModel):
         count = max(1, round(share * len(features)))
         return self.classify(features).softmax(1).topk(count, dim=0).indices.T
 
-
-def best_of(critic: Callable[[Tensor], Tensor], candidates: Sequence[Tensor], labels: Tensor) -> Tensor:
-    """Which of several images for every label shows it likeliest: indices (B,) into `candidates`.
-
-    Args:
-        critic: gives logits (B, num_classes) of images.
-        candidates: images (B, C, H, W) in [-1, 1], one for each label. labels: (B,).
-    """
-    likely = [critic(images).log_softmax(1) for images in candidates]  # where the critic is, wherever the images are
-    asked = labels.to(likely[0].device)[:, None]
-    return torch.cat([some.gather(1, asked) for some in likely], 1).argmax(1)
+    @torch.no_grad()
+    def choose(
+        self, candidates: Sequence[Tensor], labels: Tensor | None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """The image that shows its label likeliest; nothing is random. Arguments as in `Critic.choose`."""
+        assert labels is not None
+        likely = [self(images.to(self.device)).log_softmax(1) for images in candidates]
+        return torch.cat([some.gather(1, labels.to(self.device)[:, None]) for some in likely], 1).argmax(1)
 
 
-__all__ = ["ClassCritic", "ClassCriticConfig", "best_of"]
+__all__ = ["ClassCritic", "Critic", "CriticConfig"]

@@ -1,17 +1,23 @@
-"""What a critic is trained on, and how: what a public network sees of the private images, as the generator shows them.
+"""What a critic is trained on, and how: what a public network sees of the private images.
 
-Apart from `critic`, so that who only draws images does not wait for the accountants.
+As the generator shows them (`FeatureRows`), where classes are to be told apart in what it draws; as they are
+(`ImageFeatureRows`), where what it draws is to look like them. Apart from the critics, so that who only draws images
+does not wait for the accountants.
 """
 
 import hashlib
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .image_rows import batches_of, examples_of, kept_of
+from .mean_critic import MeanCritic
 from .modeling_spectral import SpectralTokenizerForCausalLM
+from .privacy.units import FirstRows
 from .super_resolution import upscale_to
 from .token_store import TokenStore
 from .training_args import DPTrainingArguments
@@ -83,6 +89,46 @@ class FeatureRows(RowsInMemory):
         self.units, self.unit = store.units, store.unit
 
 
+class ImageFeatureRows(RowsInMemory):
+    """Rows (N, 1 + D) of the private images themselves, class and features, as `DPTrainer` and `MeanCritic` read them.
+
+    Every row is a function of one image, and the images are those of `store`, so a unit of the store is a unit here.
+    Rows are as secret as the images.
+
+    Args:
+        store: what `build_token_store` made of the same data with the same columns and `batch_size`.
+        dataset, image_processor, image_column, label_column, unit_column, max_rows_per_unit: as given to it.
+        extractor: features (B, D) of images (B, C, S, S) in [-1, 1]; public.
+
+    Raises:
+        ValueError: the data have other rows than the store; nothing was spent.
+    """
+
+    def __init__(
+        self, store: TokenStore, dataset: Any, image_processor: Any, extractor: Callable[[Tensor], Tensor], *,
+        image_column: str = "image", label_column: str | None = None, unit_column: str | None = None,
+        max_rows_per_unit: int | None = None,
+    ):  # fmt: skip
+        units = None if unit_column is None else FirstRows(unit_column, max_rows_per_unit)
+        examples = examples_of(dataset, (image_column, label_column, None, unit_column))
+        parts = []
+        for batch in tqdm(batches_of(examples, 256), desc="features", unit="256 images"):
+            pixels, kept, _ = kept_of(batch, image_processor, units)
+            if pixels is not None and kept:
+                labels = torch.tensor([-1.0 if label is None else float(label) for _, label, *_ in kept])
+                parts.append(torch.cat([labels[:, None], extractor(pixels).float().cpu()], 1))
+        rows = torch.cat(parts) if parts else torch.empty(0, 1)
+        found = [] if units is None else units.units
+        known: Any = [] if store.units is None else store.units
+        if len(rows) != len(store) or not np.array_equal(found, known):
+            raise ValueError(
+                f"the data give other rows than {str(store.folder)!r} holds; name the source and the columns that the"
+                " store was made of, or make it again."
+            )
+        super().__init__(rows)
+        self.units, self.unit = store.units, store.unit
+
+
 def critic_arguments(
     output_dir: str, target_epsilon: float, target_delta: float | None, **fields: Any
 ) -> DPTrainingArguments:
@@ -104,4 +150,41 @@ def critic_arguments(
     )
 
 
-__all__ = ["FeatureRows", "Features", "RowsInMemory", "critic_arguments", "features_of", "features_of_rows"]
+def mean_arguments(
+    output_dir: str, target_epsilon: float, target_delta: float | None, **fields: Any
+) -> DPTrainingArguments:
+    """How `DPTrainer` trains a `MeanCritic`: one full batch, one step at a rate of 1. Arguments as above."""
+    fields = {"max_steps": 1, "optim_args": None, "learning_rate": 1.0} | fields
+    return critic_arguments(output_dir, target_epsilon, target_delta, **fields)
+
+
+def draw_choices(
+    draw: Callable[[Tensor | None, int], Tensor], critic: MeanCritic, attempts: int, each: int = 128
+) -> tuple[Tensor, Tensor | None]:
+    """What `MeanCritic.fit` looks at: features (N, attempts, D) of drawn images, and the labels (N,) they are for.
+
+    Args:
+        draw: full-size images (n, C, S, S) in [-1, 1] of labels (n,), or of None and a number n.
+        attempts: images of each choice, as many as the pipeline will have.
+        each: choices for each class; in all, without classes.
+    """
+    classes = critic.config.num_classes
+    labels = torch.arange(classes).repeat(each) if classes else None
+    sets = []
+    for _ in tqdm(range(attempts), desc="learning to choose", unit="attempt"):
+        images = draw(labels, each * max(1, classes))
+        sets.append(torch.cat([critic.features(some.to(critic.device)).cpu() for some in images.split(100)]))
+    return torch.stack(sets, 1), labels
+
+
+__all__ = [
+    "FeatureRows",
+    "Features",
+    "ImageFeatureRows",
+    "RowsInMemory",
+    "critic_arguments",
+    "draw_choices",
+    "features_of",
+    "features_of_rows",
+    "mean_arguments",
+]

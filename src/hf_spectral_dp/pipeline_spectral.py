@@ -19,7 +19,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .configuration_spectral import SpectralConfig
-from .critic import best_of
 from .image_processing_spectral import SpectralImageProcessor
 from .modeling_spectral import SpectralTokenizerForCausalLM
 from .released_files import check_own_folder
@@ -50,8 +49,8 @@ class DPSpectralPipeline(DiffusionPipeline):
             `model.config.coarse_size` to `model.config.image_size`; not used where these are equal.
         text_encoder, tokenizer: of a model with text: the frozen, PUBLIC encoder that its captions went through, see
             `text_encoder.load_text_encoder`. Without them, such a model can be sampled without a prompt only.
-        critic: a `ClassCritic` that `DPTrainer` trained on the same private images; it chooses among `attempts`. Its
-            cost belongs to the claim: train the model with `earlier_ledgers` naming its ledger.
+        critic: a `ClassCritic` or `MeanCritic` that `DPTrainer` trained on the same private images; it chooses among
+            `attempts`. Its cost belongs to the claim: train the model with `earlier_ledgers` naming its ledger.
         guidance_scale, temperature, top_k, top_p, attempts: sampling values that are saved with the pipeline and hold
             wherever a call does not say otherwise, so that users get what the model was tuned with.
 
@@ -289,11 +288,11 @@ class DPSpectralPipeline(DiffusionPipeline):
                 "tokens" (B, timestep) of one batch: `pipeline.model.decode(tokens)` shows the image growing.
             negative_prompt: what the images should not show; one for all prompts, or one each. Needs guidance.
             num_images_per_prompt: `num_images`, by the name that diffusers has for it.
-            attempts: above 1, with a critic: so many images are drawn for each, and the one stays that looks most like
-                its label to the critic. Without: images that the model itself takes for another class are drawn again,
+            attempts: above 1, with a critic: so many images are drawn for each, and the one stays that the critic
+                chooses. Without: images that the model itself takes for another class are drawn again,
                 see `SpectralTokenizerForCausalLM.sample`. Labels are then right more often, and what lies between two
-                classes is rarer than the model knows it to be. None takes the saved value (without labels or with
-                `num_scales` there is no telling, and it is 1).
+                classes is rarer than the model knows it to be. None takes the saved value (with `num_scales`, or
+                without labels unless a critic knows no classes, there is no telling, and it is 1).
 
         Returns:
             `ImagePipelineOutput` with `images`.
@@ -357,8 +356,10 @@ class DPSpectralPipeline(DiffusionPipeline):
         texts = self._encode_prompts(prompt, negative_prompt, num_images)
         if guidance_scale is None:
             guidance_scale = 1.0 if labels is None and not texts else self.config.guidance_scale
+        without_classes = self.critic is not None and not self.critic.config.num_classes
         if attempts is None:
-            attempts = 1 if labels is None or num_scales is not None else self.config.attempts
+            told = num_scales is None and (labels is not None or without_classes)
+            attempts = self.config.attempts if told else 1
         sampling = {
             "guidance_scale": guidance_scale,
             "temperature": self.config.temperature if temperature is None else temperature,
@@ -375,9 +376,11 @@ class DPSpectralPipeline(DiffusionPipeline):
                 callback_on_step_end(self, step, tokens.shape[1], {"tokens": tokens})
 
         total = len(texts["text_states"]) if texts else num_images if labels is None else len(labels)
+        chosen_by_critic = self.critic is not None and attempts > 1
+        if chosen_by_critic and without_classes and num_scales is None:
+            sampling["attempts"] = 1
         # Draws nothing, refuses what cannot be drawn.
         self.model.sample(labels, total, num_tokens=0, **texts, **sampling)
-        chosen_by_critic = self.critic is not None and attempts > 1
         if chosen_by_critic:
             sampling["attempts"] = 1
 
@@ -397,7 +400,7 @@ class DPSpectralPipeline(DiffusionPipeline):
                     )
                     for attempt in range(attempts if chosen_by_critic else 1)
                 ]  # fmt: skip
-                batches.append(candidates[0] if chosen is None else self._likeliest(candidates, chosen))
+                batches.append(self._chosen(candidates, chosen, generator))
                 progress.update(count)
 
         # 3. Add the detail. All batches are sampled by now, so that offloading moves each model once.
@@ -411,13 +414,15 @@ class DPSpectralPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _likeliest(self, candidates: list[Tensor], labels: Tensor) -> Tensor:
-        """Of several coarse images (B, C, s, s) for every label, the one that shows it likeliest by the critic."""
+    def _chosen(
+        self, candidates: list[Tensor], labels: Tensor | None, generator: torch.Generator | None
+    ) -> Tensor:
+        """Of several coarse images (B, C, s, s) in every place, the one that the critic chooses at full size."""
         if len(candidates) == 1:
             return candidates[0]
         enlarge = "bicubic" if self.super_resolution is None else self.super_resolution
         shown = [upscale_to(self.model.config.image_size, enlarge, images) for images in candidates]
-        best = best_of(self.critic, shown, labels)
+        best = self.critic.choose(shown, labels, generator)
         return torch.stack(candidates, 1)[torch.arange(len(best), device=best.device), best]
 
     def _encode_prompts(self, prompt: Any, negative_prompt: Any, num_images: int) -> dict[str, Tensor]:

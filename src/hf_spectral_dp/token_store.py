@@ -9,15 +9,13 @@ needs random access. A store appears under its name only when it is complete.
 Tokens are as sensitive as the images they come from: the codec decodes them. Keep the folder as private as the data.
 """
 
-import gc
 import hashlib
-import itertools
 import json
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,8 @@ from tqdm.auto import tqdm
 
 from .captions import Captions, CaptionWriter, captions_of
 from .codec import codec_fingerprint
-from .image_sources import decode_batch, load_images, undecoded
+from .image_rows import Example, batches_of, examples_of, kept_of, total_of
+from .image_sources import load_images
 from .privacy.noise import system_generator
 from .privacy.units import FirstRows
 from .text_encoder import check_text_encoder
@@ -248,8 +247,9 @@ def build_token_store(
         captions = None
         if caption_column is not None:
             captions = CaptionWriter(scratch, text_encoder, tokenizer, model.config.max_text_tokens)
-        examples = _examples(dataset, columns)
-        _write(examples, model, image_processor, scratch, batch_size, _total(dataset), progress, units, captions, views)
+        examples = examples_of(dataset, columns)
+        total = total_of(dataset)
+        _write(examples, model, image_processor, scratch, batch_size, total, progress, units, captions, views)
         _publish(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -297,37 +297,8 @@ def _check(dataset: Any, model: Any, image_processor: Any, columns: tuple[str | 
             )
 
 
-def _total(dataset: Any) -> int | None:
-    try:
-        return len(dataset)
-    except TypeError:
-        return None
-
-
-def _examples(dataset: Any, columns: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
-    """(image, label, captions, person). Images of a `datasets` source come encoded: a broken file harms only itself."""
-    features = getattr(dataset, "features", None)
-    if features is not None:
-        wanted = dict.fromkeys(column for column in columns if column is not None)
-        dataset = undecoded(dataset.select_columns(list(wanted)))
-    rows: Iterable[Mapping[str, Any]] = iter(dataset)
-    finished = False
-    try:
-        for row in rows:
-            yield tuple(None if column is None else row[column] for column in columns)
-        finished = True
-    finally:
-        if not finished:
-            # A Parquet stream of datasets 5 that is left half read can hang the interpreter at exit (its read-ahead
-            # threads hold Python files); closing the chain of generators and collecting them lets the threads end.
-            if hasattr(rows, "close"):
-                rows.close()
-            del rows
-            gc.collect()
-
-
 def _write(
-    examples: Iterator[tuple[Any, ...]],
+    examples: Iterator[Example],
     model: Any,
     image_processor: Any,
     folder: Path,
@@ -377,15 +348,12 @@ def _write(
             pa.ipc.new_stream(file, schema) as sink,
             tqdm(total=total, unit="image", desc="tokenising", disable=not progress) as bar,
         ):
-            for number, batch in enumerate(_batches(examples, batch_size)):
-                pixels, kept, reasons = decode_batch([image for image, *_ in batch], image_processor)
+            for number, batch in enumerate(batches_of(examples, batch_size)):
+                pixels, kept, reasons = kept_of(batch, image_processor, units)
                 first_reason = first_reason or next(iter(reasons), None)
                 report["undecodable"] += len(reasons)
-                if units is not None and pixels is not None:
-                    few = units.keep([batch[index][-1] for index in kept])
-                    pixels, kept = pixels[few], [kept[position] for position in few]
                 if kept:
-                    labels = [batch[index][1] for index in kept]
+                    labels = [label for _, label, *_ in kept]
                     starts = _start_tokens(labels, config, number * batch_size)
                     shown = views.of(pixels) if views and pixels is not None else [pixels]
                     parts = [part for view in shown for part in (starts[:, None], _encode(view, model))]
@@ -393,7 +361,7 @@ def _write(
                     digest.update(rows.astype("<i4").tobytes())
                     report["images"] += len(rows)
                     if captions is not None:
-                        texts = [captions_of(batch[index][2]) for index in kept]
+                        texts = [captions_of(captioned) for _, _, captioned, _ in kept]
                         numbers += captions.numbers(texts)
                         report["uncaptioned"] = report.get("uncaptioned", 0) + sum(not each for each in texts)
                     report["unlabelled"] += sum(label is None or label == -1 for label in labels)
@@ -434,11 +402,6 @@ def _write(
         "views": views and asdict(views),
     }
     (folder / _FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-
-
-def _batches(examples: Iterator[tuple[Any, ...]], size: int) -> Iterator[list[tuple[Any, ...]]]:
-    while batch := list(itertools.islice(examples, size)):
-        yield batch
 
 
 def _start_tokens(labels: Sequence[Any], config: Any, first_row: int) -> np.ndarray:

@@ -1,0 +1,71 @@
+"""A private mean of the images, by which the pipeline chooses among what it draws.
+
+Run by train.py when a config has a `critic` section of `kind: mean`. One noisy sum over all private images, at a part
+of the budget, says what a public network sees in them on average (`hf_spectral_dp.mean_critic`). After private training
+the critic learns from generated images with which odds to keep one of several; that is post-processing. Writes to the
+output folder, beside train.py's:
+
+    critic/     the critic, which the pipeline saves again, and its ledger in critic/training: keep that private
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from warm_start import private_arguments
+
+from hf_spectral_dp import DPSpectralPipeline, DPTrainer, DPTrainingArguments, MeanCritic
+from hf_spectral_dp.feature_rows import ImageFeatureRows, draw_choices
+from hf_spectral_dp.metrics.features import PublicFeatures
+from hf_spectral_dp.metrics.public_features import CHECKPOINT
+from hf_spectral_dp.super_resolution import upscale_to
+from hf_spectral_dp.token_store import TokenStore
+from hf_spectral_dp.trainer import LEDGER
+
+
+def mean_of(
+    section: dict[str, Any], images: Any, columns: dict[str, Any], model: Any, processor: Any, store: TokenStore,
+    args: DPTrainingArguments, output: Path,
+) -> tuple[MeanCritic, str]:
+    """A critic that knows the mean of the private images, and its ledger.
+
+    A run that goes on finds it in its folder. A crash before it was saved has spent its budget: its ledger refuses to
+    begin again, and a new run needs a folder and a budget of its own.
+
+    Args:
+        section: the config's `critic`.
+        images, columns: the private data and the names of their columns, as `store` was made of them.
+        model, processor: public model and its image processor.
+        args: the arguments of the private training that follows. output: the run's folder.
+    """  # fmt: skip
+    folder = output / "critic"
+    ledger = str(folder / "training" / LEDGER)
+    if (folder / "config.json").exists():
+        return MeanCritic.from_pretrained(folder), ledger
+    critic = MeanCritic.on(PublicFeatures(section.get("network", CHECKPOINT)).network, model.config.num_classes)
+    rows = ImageFeatureRows(store, images, processor, critic.features, **columns)
+    private = DPTrainer(critic, private_arguments(section, args, output), rows)
+    private.train()
+    critic = private.merged_model().cpu().eval()
+    if private.is_world_process_zero():
+        critic.save_pretrained(folder)
+        print(f"mean of the images: epsilon {private.epsilon_spent:.4f} of {args.target_epsilon:g}", flush=True)
+    private.accelerator.wait_for_everyone()
+    return critic, ledger
+
+
+def learn_to_choose(pipeline: DPSpectralPipeline, seed: int) -> None:
+    """Lets the pipeline's critic look at what the pipeline draws, and find with which odds to keep it."""
+    model, critic = pipeline.model, pipeline.critic
+    detail = "bicubic" if pipeline.super_resolution is None else pipeline.super_resolution
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(labels: Tensor | None, count: int) -> Tensor:
+        each = 1 if labels is not None else count
+        coarse = pipeline(None, labels, each, generator=generator, output_type="latent", attempts=1).images
+        return torch.cat([upscale_to(model.config.image_size, detail, some) for some in coarse.split(100)])
+
+    pipeline.set_progress_bar_config(disable=True)
+    critic.fit(*draw_choices(draw, critic, pipeline.config.attempts))
+    pipeline.set_progress_bar_config(disable=False)

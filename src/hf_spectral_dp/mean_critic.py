@@ -1,0 +1,133 @@
+"""A private mean of public features, and a choice among what the generator draws that comes near it.
+
+The mean of bounded features over all private images is one noisy sum: it costs little of a budget, and any number of
+generated images may then be compared with it. DP-MEPF (Harder et al., arXiv:2205.12900) releases such a mean and trains
+a generator to match it. Here the generator is trained by `DPTrainer` on tokens, and the mean corrects what that left
+wrong: of several images drawn, the pipeline keeps one, at random, with odds that are exponential in the features. Among
+all such choices the weights of the exponent are those for which the images kept have the private mean on average (the
+dual of the smallest change of the generator's law that does so).
+"""
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .critic import Critic, CriticConfig
+
+RIDGE = 1.0
+"""Penalty on the squared weights, in units in which features vary by 1: the prior of an exponent of that size."""
+
+
+class MeanCritic(Critic, PreTrainedModel):  # diffusers loads components whose module knows this name
+    """Per class, the mean of public features of the private images, and how to choose images that have it.
+
+    Features are brought to length 1. Training is private: one full batch by `DPTrainer`, whose guarantee is its own, as
+    `feature_rows.mean_arguments` has it, on rows as `feature_rows.ImageFeatureRows` makes them. A row is float32
+    (1 + D,): the class, -1 for none (which counts only where there are no classes), then the features. The loss of a
+    row is linear, so its gradient is minus the features and minus 1, at its class: all gradients are of length sqrt(2),
+    and after one step at a rate of 1 `sums` holds sum and number of the features of each class, in one unknown unit and
+    with the noise of the step. `fit`, afterwards, looks at generated images only.
+    """
+
+    _keep_in_fp32_modules_strict = ["network", "sums", "exponents"]
+
+    def __init__(self, config: CriticConfig):
+        super().__init__(config)
+        dim, means = self.network.feature_mean.numel(), max(1, config.num_classes)
+        self.sums = nn.Linear(dim, means)
+        self.register_buffer("exponents", torch.zeros(means, dim))
+        self.post_init()
+        self.train(False)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if module is self.sums:
+            nn.init.zeros_(self.sums.weight)
+            nn.init.zeros_(self.sums.bias)
+
+    def per_example_loss(self, input_ids: Tensor) -> Tensor:
+        """Minus the output for the row's class (B,); 0 for a row without a class, where there are classes.
+
+        The rows are no token ids; trainers call them so.
+        """
+        labels = input_ids[:, 0].long()
+        if self.config.num_classes == 0:
+            labels = torch.zeros_like(labels)
+        outputs = self.sums(F.normalize(input_ids[:, 1:], dim=1))
+        return -outputs.gather(1, labels.clamp(min=0)[:, None])[:, 0] * (labels >= 0)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Logarithm of the odds (B, max(1, num_classes)) with which images (B, 1 or 3, H, W) in [-1, 1] are kept."""
+        return F.normalize(self.features(pixel_values), dim=1) @ self.exponents.T
+
+    @torch.no_grad()
+    def fit(self, features: Tensor, labels: Tensor | None = None) -> None:
+        """Finds the weights of the choice from images that the generator drew, a few hundred sets for each class.
+
+        Post-processing of two private releases, generator and mean; no private image is looked at. A class whose noisy
+        number of images is not positive, or that nothing was drawn for, is warned of and gets no choice.
+
+        Args:
+            features: (N, M, D) of the M images of each of N choices. labels: (N,) of these; None without classes.
+
+        Raises:
+            ValueError: fewer than two images to choose from.
+        """
+        if features.ndim != 3 or features.shape[1] < 2:
+            raise ValueError(f"features has shape {tuple(features.shape)}; give (N, M, D) with M >= 2 to choose from.")
+        known = torch.zeros(len(features), dtype=torch.long) if labels is None else labels.cpu()
+        directions = F.normalize(features.double().cpu(), dim=2)
+        for label, (total, count) in enumerate(zip(self.sums.weight, self.sums.bias, strict=True)):
+            drawn = directions[known == label]
+            if count <= 0 or len(drawn) == 0:
+                warnings.warn(
+                    f"class {label} has {len(drawn)} choices and a noisy share of {float(count):.3g} of the images;"
+                    " among its images none is preferred.",
+                    stacklevel=2,
+                )
+                self.exponents[label] = 0
+                continue
+            mean = (total / count).double().cpu()
+            mean /= mean.norm().clamp(min=1)  # as no mean of directions is longer, what is above is noise
+            self.exponents[label] = _exponent(drawn, mean)
+
+    @torch.no_grad()
+    def choose(
+        self, candidates: Sequence[Tensor], labels: Tensor | None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """One image at random, by the odds of `forward`. Arguments as in `Critic.choose`."""
+        logits = torch.stack([self(images.to(self.device)) for images in candidates], 1)  # (B, M, classes)
+        asked = torch.zeros(len(logits), dtype=torch.long) if labels is None else labels
+        odds = logits[torch.arange(len(logits)), :, asked.to(self.device)]
+        device = self.device if generator is None else generator.device
+        waiting = torch.empty(odds.shape, device=device).exponential_(generator=generator).log()
+        return (odds - waiting.to(odds.device)).argmax(1)  # the first of competing exponential clocks
+
+
+def _exponent(drawn: Tensor, mean: Tensor) -> Tensor:
+    """Weights (D,) for which images kept from sets `drawn` (N, M, D) have `mean` on average, up to the ridge.
+
+    Their mean is the gradient of the mean over sets of logsumexp(drawn @ weights), which is convex.
+    """
+    centre = drawn.mean((0, 1))
+    scale = (drawn - centre).square().mean().sqrt().clamp(min=1e-12)
+    points, target = (drawn - centre) / scale, (mean - centre) / scale
+    weights = torch.zeros(len(mean), dtype=torch.double, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = torch.logsumexp(points @ weights, 1).mean() - weights @ target + RIDGE / 2 * weights.square().sum()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+    return (weights.detach() / scale).float()
+
+
+__all__ = ["RIDGE", "MeanCritic"]
