@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,14 @@ import torch
 import yaml
 from transformers import AutoModelForImageToImage
 
-from benchmarks import quality
+from benchmarks import quality, quality_critic
 from benchmarks.judge import seen
 from benchmarks.quality import SIZES, Folders, photo_settings, public_generator, temperature
 from benchmarks.quality_data import IMAGE_SETS, check_public
 from benchmarks.quality_figures import coarse_distance, figures
 from benchmarks.quality_methods import DiffusionGenerator, TokenGenerator, train_privately, train_publicly
 from hf_spectral_dp import SpectralConfig
+from hf_spectral_dp.feature_rows import draw_choices
 from hf_spectral_dp.metrics.features import PublicFeatures
 from hf_spectral_dp.metrics.utility import DIFFERENT
 from hf_spectral_dp.super_resolution import upscale, upscale_to
@@ -162,13 +164,13 @@ def photos() -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize(("name", "wide"), [("faces", False), ("faces", True), ("cifar10", False), ("faces128", True)])
 def test_rivals_of_colour_images_end_with_the_bundled_network(name, wide):
-    """At its own side of 64 or more, whatever side they are compared at; the wide model's in the sizes for a GPU."""
+    """At its own side of 64 or more, whatever side they are compared at; CIFAR-10 by the small one but on a GPU."""
     images = IMAGE_SETS[name]
     pixels, labels = photos()
     public = torch.nn.functional.interpolate(pixels, (images.size, images.size), mode="area"), labels
     made_at = max(64, images.size)
     size = replace(SIZES["quick"], public_steps=1, wide=wide)
-    folder = BUNDLED / f"photos{'-wide' * wide}-super-resolution"
+    folder = BUNDLED / f"photos{'-wide' * (wide or name != 'cifar10')}-super-resolution"
     network = AutoModelForImageToImage.from_pretrained(folder).eval()
     for method, side in {"ours": 16, "raster": images.size, "pixels": 8, "pixels16": 16, "diffusion": 16}.items():
         generator, cost = public_generator(method, name, images, public, size, Folders())
@@ -253,3 +255,27 @@ def test_every_row_says_how_its_images_were_made(monkeypatch):
             assert row["denoising_steps"] == 1
         else:
             assert (row["temperature"], row["attempts"], row["critic"]) == (1.0, quality.ATTEMPTS, False)
+
+
+def test_where_only_images_count_ours_chooses_by_the_private_mean(monkeypatch):
+    """Within one budget, the twin by the exact mean; where classifiers learn it is the other critic's turn."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(images, data, split, count=12):
+        return torch.rand(12, 3, 64, 64, generator=generator) * 2 - 1, torch.arange(12) % 2
+
+    tiny = replace(
+        SIZES["photos"], each=6, public_steps=1, steps=1, batch=4, micro_batch=4, twin_steps=1, compared=12,
+    )  # fmt: skip
+    monkeypatch.setattr(quality, "private_images", noise)
+    monkeypatch.setattr(quality, "public_images", noise)
+    monkeypatch.setattr(quality, "figures", lambda *given, **settings: iter([{"metric": "none"}]))
+    monkeypatch.setitem(quality.SIZES, "photos", tiny)
+    monkeypatch.setattr(quality_critic, "draw_choices", partial(draw_choices, each=2))
+    monkeypatch.setattr(quality_critic, "CHOICES", 2)
+    rows = list(quality.compare("faces", ["ours", "floor"], [8.0, math.inf], "photos", Path(), None, Folders()))
+    drawn = {(row["method"], row["epsilon"]): row for row in rows if row["metric"] == "images per second"}
+    for key in (("ours", 8.0), ("ours", "inf")):
+        assert (drawn[key]["critic"], drawn[key]["attempts"]) == ("MeanCritic", 2)
+    assert (drawn["floor", 0.0]["critic"], drawn["floor", 0.0]["attempts"]) == (False, 1)
+    assert 7.9 < drawn["ours", 8.0]["epsilon_spent"] <= 8 and drawn["ours", "inf"]["epsilon_spent"] is None

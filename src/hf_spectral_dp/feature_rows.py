@@ -96,7 +96,7 @@ class ImageFeatureRows(RowsInMemory):
     Rows are as secret as the images.
 
     Args:
-        store: what `build_token_store` made of the same data with the same columns and `batch_size`.
+        store: what `build_token_store` made of the same data with the same columns.
         dataset, image_processor, image_column, label_column, unit_column, max_rows_per_unit: as given to it.
         extractor: features (B, D) of images (B, C, S, S) in [-1, 1]; public.
 
