@@ -342,7 +342,7 @@ def sources(
             generator, prepared = copy.deepcopy(base), before
             with tempfile.TemporaryDirectory() as folder:
                 if likeness:
-                    mean, ledgers = private_mean(generator, private, epsilon, DELTA, Path(folder) / "mean")
+                    mean, ledgers = private_mean(private[0], epsilon, DELTA, Path(folder) / "mean", device)
                 if math.isinf(epsilon):
                     cost = train_publicly(generator, rows, size.twin_steps, size.public_batch, learning_rate=1e-3)
                 else:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.quality_data import Labelled
 from benchmarks.quality_methods import Cost, TokenGenerator, train_publicly
 from hf_spectral_dp import ClassCritic, DPTrainer, MeanCritic
 from hf_spectral_dp.feature_rows import RowsInMemory, critic_arguments, draw_choices, mean_arguments
@@ -83,26 +82,23 @@ def learn_classes(
 
 
 def private_mean(
-    generator: TokenGenerator, private: Labelled, epsilon: float, delta: float, folder: Path
+    images: Tensor, epsilon: float, delta: float, folder: Path, device: str
 ) -> tuple[MeanCritic, list[str]]:
-    """A critic that knows the mean of the private images, within `MEAN_SHARE` of epsilon (exactly, if that is inf).
+    """A critic that knows the mean of private images, within `MEAN_SHARE` of epsilon (exactly, if that is inf).
 
     Returns:
         It, before it can choose (see `choose_by`), and its ledgers, for the training that follows.
     """
-    images, labels = private
-    critic = MeanCritic.on(PublicFeatures().network, generator.model.config.num_classes).to(generator.model.device)
-    seen = torch.cat([critic.features(some.to(critic.device)).cpu() for some in images.split(500)])
-    rows = torch.cat([labels[:, None].float(), seen], 1)
+    critic = MeanCritic.on(PublicFeatures().network).to(device)
+    rows = torch.cat([critic.features(some.to(device)).cpu() for some in images.split(500)])
     if math.isinf(epsilon):
-        critic.per_example_loss(rows.to(critic.device)).mean().backward()
+        critic.per_example_loss(rows.to(device)).mean().backward()
         for values in (critic.sums.weight, critic.sums.bias):
             values.data, values.grad = -values.grad, None
         return critic, []
     arguments = mean_arguments(
-        str(folder), MEAN_SHARE * epsilon, delta, disable_tqdm=True, logging_strategy="no",
-        use_cpu=critic.device.type == "cpu",
-    )  # fmt: skip
+        str(folder), MEAN_SHARE * epsilon, delta, disable_tqdm=True, logging_strategy="no", use_cpu=device == "cpu"
+    )
     DPTrainer(critic, arguments, RowsInMemory(rows)).train()
     return critic.eval(), [str(folder / LEDGER)]
 
@@ -112,9 +108,9 @@ def choose_by(critic: MeanCritic, generator: TokenGenerator, cost: Cost, private
 
     `private`: images that the mean is of, which a public network looked at.
     """
-    seed = torch.Generator(generator.model.device).manual_seed(1)
-    features, labels = draw_choices(lambda some, _: generator.sample(some, seed), critic, CHOICES)
-    critic.fit(features, labels)
+    seed, classes = torch.Generator(generator.model.device).manual_seed(1), generator.model.config.num_classes
+    features = draw_choices(lambda count: generator.sample(torch.arange(count) % classes, seed), critic, CHOICES)
+    critic.fit(features)
     with FlopCounterMode(display=False) as counter:
         images = generator.sample(torch.zeros(4, dtype=torch.long), seed)
         drawn = counter.get_total_flops() / 4

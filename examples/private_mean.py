@@ -25,8 +25,13 @@ from hf_spectral_dp.trainer import LEDGER
 
 
 def mean_of(
-    section: dict[str, Any], images: Any, columns: dict[str, Any], model: Any, processor: Any, store: TokenStore,
-    args: DPTrainingArguments, output: Path,
+    section: dict[str, Any],
+    images: Any,
+    columns: dict[str, Any],
+    processor: Any,
+    store: TokenStore,
+    args: DPTrainingArguments,
+    output: Path,
 ) -> tuple[MeanCritic, str]:
     """A critic that knows the mean of the private images, and its ledger.
 
@@ -36,14 +41,15 @@ def mean_of(
     Args:
         section: the config's `critic`.
         images, columns: the private data and the names of their columns, as `store` was made of them.
-        model, processor: public model and its image processor.
-        args: the arguments of the private training that follows. output: the run's folder.
+        processor: of the images. args: the arguments of the private training that follows.
+        output: the run's folder.
     """  # fmt: skip
     folder = output / "critic"
     ledger = str(folder / "training" / LEDGER)
     if (folder / "config.json").exists():
         return MeanCritic.from_pretrained(folder), ledger
-    critic = MeanCritic.on(PublicFeatures(section.get("network", CHECKPOINT)).network, model.config.num_classes)
+    critic = MeanCritic.on(PublicFeatures(section.get("network", CHECKPOINT)).network)
+    columns = {name: column for name, column in columns.items() if name != "label_column"}
     rows = ImageFeatureRows(store, images, processor, critic.features, **columns)
     private = DPTrainer(critic, private_arguments(section, args, output), rows)
     private.train()
@@ -59,13 +65,14 @@ def learn_to_choose(pipeline: DPSpectralPipeline, seed: int) -> None:
     """Lets the pipeline's critic look at what the pipeline draws, and find with which odds to keep it."""
     model, critic = pipeline.model, pipeline.critic
     detail = "bicubic" if pipeline.super_resolution is None else pipeline.super_resolution
-    generator = torch.Generator().manual_seed(seed)
+    classes, generator = model.config.num_classes, torch.Generator().manual_seed(seed)
 
-    def draw(labels: Tensor | None, count: int) -> Tensor:
-        each = 1 if labels is not None else count
+    def draw(count: int) -> Tensor:
+        labels = torch.arange(count) % classes if classes else None
+        each = 1 if classes else count
         coarse = pipeline(None, labels, each, generator=generator, output_type="latent", attempts=1).images
         return torch.cat([upscale_to(model.config.image_size, detail, some) for some in coarse.split(100)])
 
     pipeline.set_progress_bar_config(disable=True)
-    critic.fit(*draw_choices(draw, critic, pipeline.config.attempts))
+    critic.fit(draw_choices(draw, critic, pipeline.config.attempts))
     pipeline.set_progress_bar_config(disable=False)

@@ -208,7 +208,7 @@ def main() -> None:
     public, judge = copy.deepcopy(model) if test else None, None
     if critic := config["critic"]:
         if critic["kind"] == "mean":
-            judge, ledger = mean_of(critic, *private_images(data), model, processor, store, args, output)
+            judge, ledger = mean_of(critic, *private_images(data), processor, store, args, output)
         else:
             model, judge, ledger = taught(critic, model, processor, detail, store, args, output)
         args.earlier_ledgers = [ledger]

@@ -48,39 +48,27 @@ def test_where_there_is_nothing_to_choose_a_critic_changes_nothing(given):
     assert torch.equal(first, without(**given, generator=seeded(), output_type="latent").images)
 
 
-def mean_critic(classes: int) -> MeanCritic:
-    made = MeanCritic.on(network(), classes)
-    torch.nn.init.normal_(made.exponents, std=5.0, generator=torch.Generator().manual_seed(0))
+def mean_critic() -> MeanCritic:
+    made = MeanCritic.on(network())
+    torch.nn.init.normal_(made.exponent, std=5.0, generator=torch.Generator().manual_seed(0))
     return made
 
 
-def test_a_critic_that_knows_no_classes_chooses_without_labels(tmp_path):
-    pipe = pipeline(scales=2, super_resolution=super_resolution(), critic=mean_critic(0), attempts=4, num_classes=0)
-    drawn = pipe(num_images=6, generator=seeded(), output_type="latent").images
+@pytest.mark.parametrize("labels", [None, [0, 1, 2, 3, 4, 5]])
+def test_a_critic_that_knows_no_classes_chooses_with_labels_and_without(tmp_path, labels):
+    pipe = pipeline(scales=2, super_resolution=super_resolution(), critic=mean_critic(), attempts=4)
+    asked = {"num_images": 6} if labels is None else {"class_labels": labels}
+    drawn = pipe(**asked, generator=seeded(), output_type="latent").images
+    classes = None if labels is None else torch.tensor(labels)
     generator = seeded()
-    candidates = [pipe.model.decode(pipe.model.sample(None, 6, generator=generator)) for _ in range(4)]
-    best = pipe.critic.choose([upscale(pipe.super_resolution, images) for images in candidates], None, generator)
+    candidates = [pipe.model.decode(pipe.model.sample(classes, 6, generator=generator)) for _ in range(4)]
+    best = pipe.critic.choose([upscale(pipe.super_resolution, images) for images in candidates], classes, generator)
     assert torch.equal(drawn, torch.stack([candidates[attempt][row] for row, attempt in enumerate(best.tolist())]))
     assert len(set(best.tolist())) > 1
     pipe.save_pretrained(tmp_path)
     again = DPSpectralPipeline.from_pretrained(tmp_path)
-    assert torch.equal(again(num_images=6, generator=seeded(), output_type="latent").images, drawn)
-    with pytest.raises(ValueError, match="attempts=4 must be at least 1; more need class_labels and all tokens"):
-        pipe(num_images=2, attempts=4, num_scales=1)
-    assert len(pipe(num_images=2, num_scales=1).images) == 2  # the saved number holds for whole images only
-
-
-def test_a_mean_for_every_class_chooses_for_labels():
-    pipe = pipeline(scales=2, super_resolution=super_resolution(), critic=mean_critic(10), attempts=4)
-    with_choice, without = (
-        pipe(class_labels=[1, 2] * 10, generator=seeded(), output_type="latent", attempts=attempts).images
-        for attempts in (None, 1)
-    )
-    assert not torch.equal(with_choice, without)
-    assert torch.equal(
-        pipe(num_images=3, generator=seeded(), output_type="latent").images,
-        pipe(num_images=3, generator=seeded(), output_type="latent", attempts=1).images,
-    )
+    assert torch.equal(again(**asked, generator=seeded(), output_type="latent").images, drawn)
+    assert len(pipe(**asked, num_scales=1).images) == 6  # the saved number holds for whole images only
 
 
 def test_attempts_need_labels_with_a_critic_too():

@@ -32,7 +32,7 @@ def test_mean_and_training_share_one_budget_and_a_run_goes_on(with_mean, tmp_pat
     assert {entry["role"] for entry in report["public_data"]} == {"codec and prior", "super-resolution"}
     assert cli(["verify", str(out / "pipeline"), "--ledger", str(out / "training" / "privacy_ledger.jsonl")]) == 0
     pipe = DPSpectralPipeline.from_pretrained(out / "pipeline")
-    assert isinstance(pipe.critic, MeanCritic) and pipe.critic.exponents.abs().sum() > 0
+    assert isinstance(pipe.critic, MeanCritic) and pipe.critic.exponent.abs().sum() > 0
     assert pipe.config.attempts == 2
     assert run(with_mean, tmp_path, "--resume").returncode == 0
     assert read_ledger(out / "critic" / "training" / "privacy_ledger.jsonl")["head"] == first["head"]

@@ -271,7 +271,7 @@ def test_where_only_images_count_ours_chooses_by_the_private_mean(monkeypatch):
     monkeypatch.setattr(quality, "public_images", noise)
     monkeypatch.setattr(quality, "figures", lambda *given, **settings: iter([{"metric": "none"}]))
     monkeypatch.setitem(quality.SIZES, "photos", tiny)
-    monkeypatch.setattr(quality_critic, "draw_choices", partial(draw_choices, each=2))
+    monkeypatch.setattr(quality_critic, "draw_choices", partial(draw_choices, count=4))
     monkeypatch.setattr(quality_critic, "CHOICES", 2)
     rows = list(quality.compare("faces", ["ours", "floor"], [8.0, math.inf], "photos", Path(), None, Folders()))
     drawn = {(row["method"], row["epsilon"]): row for row in rows if row["metric"] == "images per second"}

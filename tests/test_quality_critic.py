@@ -80,26 +80,23 @@ def test_of_the_attempts_the_one_stays_that_the_critic_likes_best(generator):
 
 
 def test_mean_and_training_share_one_budget_and_the_twin_knows_the_mean_exactly(generator, tmp_path):
-    private = images(50, 1), torch.arange(50) % 2
-    critic, (ledger,) = private_mean(generator, private, 8.0, 1e-5, tmp_path)
+    private = images(50, 1)
+    critic, (ledger,) = private_mean(private, 8.0, 1e-5, tmp_path, "cpu")
     run = read_ledger(ledger)
     assert run["charged"] == 1 and run["header"]["plan"]["target_epsilon"] == 8.0 * MEAN_SHARE
     settings = {"max_steps": 3, "expected_batch_size": 10, "micro_batch_size": 10, "earlier_ledgers": [ledger]}
-    own = train_privately(generator, generator.rows(*private), 8.0, 1e-5, **settings)
+    own = train_privately(generator, generator.rows(private, torch.arange(50) % 2), 8.0, 1e-5, **settings)
     assert 7.9 < own.epsilon <= 8
-    exact, ledgers = private_mean(generator, private, float("inf"), 1e-5, tmp_path / "twin")
-    directions = torch.nn.functional.normalize(PublicFeatures().network.features(private[0]), dim=1)
-    for label in range(2):
-        mean = exact.sums.weight[label] / exact.sums.bias[label]
-        assert torch.allclose(mean, directions[private[1] == label].mean(0), atol=1e-5)
+    exact, ledgers = private_mean(private, float("inf"), 1e-5, tmp_path / "twin", "cpu")
+    directions = torch.nn.functional.normalize(PublicFeatures().network.features(private), dim=1)
+    assert torch.allclose(exact.sums.weight[0] / exact.sums.bias, directions.mean(0), atol=1e-5)
     assert ledgers == [] and not torch.equal(critic.sums.weight, exact.sums.weight)
 
 
 @pytest.mark.slow
 def test_what_the_choice_costs_is_counted(generator, tmp_path):
-    private = images(50, 1), torch.arange(50) % 2
-    exact, _ = private_mean(generator, private, float("inf"), 1e-5, tmp_path)
+    exact, _ = private_mean(images(50, 1), float("inf"), 1e-5, tmp_path, "cpu")
     cost = choose_by(exact, generator, Cost(1.0, 5.0, steps=3), 50)
     assert cost.flops > 5 and (cost.seconds, cost.steps) == (1.0, 3)
     assert generator.sampling["critic"] == "MeanCritic" and generator.attempts == CHOICES
-    assert exact.exponents.abs().sum(1).gt(0).all()
+    assert exact.exponent.abs().sum() > 0

@@ -25,7 +25,7 @@ class CriticConfig(PreTrainedConfig):
     """Shape of a critic.
 
     Args:
-        num_classes: of the private images; 0 if these have none.
+        num_classes: that the critic tells apart; 0 if it knows none.
         network: fields of the `PublicFeatureConfig` of its public network.
     """
 
@@ -55,7 +55,7 @@ class Critic(HubModel, PreTrainedModel):
         return self
 
     @classmethod
-    def on(cls, network: PublicFeatureNetwork, num_classes: int) -> Any:
+    def on(cls, network: PublicFeatureNetwork, num_classes: int = 0) -> Any:
         """An untrained critic that looks at images through a copy of a public network."""
         names = ("image_size", "widths", "num_classes")
         critic = cls(cls.config_class(num_classes, {name: getattr(network.config, name) for name in names}))
@@ -74,7 +74,7 @@ class Critic(HubModel, PreTrainedModel):
 
         Args:
             candidates: images (B, C, H, W) in [-1, 1], at least one of each.
-            labels: class (B,) that they were drawn for, or None where the critic knows no classes.
+            labels: class (B,) that they were drawn for; None without, where the critic knows no classes.
             generator: of random choices.
         """
         raise NotImplementedError

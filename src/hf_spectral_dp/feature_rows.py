@@ -90,14 +90,14 @@ class FeatureRows(RowsInMemory):
 
 
 class ImageFeatureRows(RowsInMemory):
-    """Rows (N, 1 + D) of the private images themselves, class and features, as `DPTrainer` and `MeanCritic` read them.
+    """Rows (N, D) of the private images themselves, their features, as `DPTrainer` and `MeanCritic` read them.
 
     Every row is a function of one image, and the images are those of `store`, so a unit of the store is a unit here.
     Rows are as secret as the images.
 
     Args:
         store: what `build_token_store` made of the same data with the same columns.
-        dataset, image_processor, image_column, label_column, unit_column, max_rows_per_unit: as given to it.
+        dataset, image_processor, image_column, unit_column, max_rows_per_unit: as given to it.
         extractor: features (B, D) of images (B, C, S, S) in [-1, 1]; public.
 
     Raises:
@@ -106,17 +106,15 @@ class ImageFeatureRows(RowsInMemory):
 
     def __init__(
         self, store: TokenStore, dataset: Any, image_processor: Any, extractor: Callable[[Tensor], Tensor], *,
-        image_column: str = "image", label_column: str | None = None, unit_column: str | None = None,
-        max_rows_per_unit: int | None = None,
+        image_column: str = "image", unit_column: str | None = None, max_rows_per_unit: int | None = None,
     ):  # fmt: skip
         units = None if unit_column is None else FirstRows(unit_column, max_rows_per_unit)
-        examples = examples_of(dataset, (image_column, label_column, None, unit_column))
+        examples = examples_of(dataset, (image_column, None, None, unit_column))
         parts = []
         for batch in tqdm(batches_of(examples, 256), desc="features", unit="256 images"):
             pixels, kept, _ = kept_of(batch, image_processor, units)
             if pixels is not None and kept:
-                labels = torch.tensor([-1.0 if label is None else float(label) for _, label, *_ in kept])
-                parts.append(torch.cat([labels[:, None], extractor(pixels).float().cpu()], 1))
+                parts.append(extractor(pixels).float().cpu())
         rows = torch.cat(parts) if parts else torch.empty(0, 1)
         found = [] if units is None else units.units
         known: Any = [] if store.units is None else store.units
@@ -158,23 +156,17 @@ def mean_arguments(
     return critic_arguments(output_dir, target_epsilon, target_delta, **fields)
 
 
-def draw_choices(
-    draw: Callable[[Tensor | None, int], Tensor], critic: MeanCritic, attempts: int, each: int = 128
-) -> tuple[Tensor, Tensor | None]:
-    """What `MeanCritic.fit` looks at: features (N, attempts, D) of drawn images, and the labels (N,) they are for.
+def draw_choices(draw: Callable[[int], Tensor], critic: MeanCritic, attempts: int, count: int = 256) -> Tensor:
+    """What `MeanCritic.fit` looks at: features (count, attempts, D) of drawn images.
 
     Args:
-        draw: full-size images (n, C, S, S) in [-1, 1] of labels (n,), or of None and a number n.
-        attempts: images of each choice, as many as the pipeline will have.
-        each: choices for each class; in all, without classes.
+        draw: that many full-size images (n, C, S, S) in [-1, 1]; with classes, of the same classes at every call.
+        attempts: images of each choice, as many as the pipeline will have. count: choices.
     """
-    classes = critic.config.num_classes
-    labels = torch.arange(classes).repeat(each) if classes else None
     sets = []
     for _ in tqdm(range(attempts), desc="learning to choose", unit="attempt"):
-        images = draw(labels, each * max(1, classes))
-        sets.append(torch.cat([critic.features(some.to(critic.device)).cpu() for some in images.split(100)]))
-    return torch.stack(sets, 1), labels
+        sets.append(torch.cat([critic.features(some.to(critic.device)).cpu() for some in draw(count).split(100)]))
+    return torch.stack(sets, 1)
 
 
 __all__ = [

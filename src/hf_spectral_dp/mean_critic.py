@@ -23,23 +23,24 @@ RIDGE = 1.0
 
 
 class MeanCritic(Critic, PreTrainedModel):  # diffusers loads components whose module knows this name
-    """Per class, the mean of public features of the private images, and how to choose images that have it.
+    """The mean of public features of the private images, and how to choose images that have it.
 
     Features are brought to length 1. Training is private: one full batch by `DPTrainer`, whose guarantee is its own, as
-    `feature_rows.mean_arguments` has it, on rows as `feature_rows.ImageFeatureRows` makes them. A row is float32
-    (1 + D,): the class, -1 for none (which counts only where there are no classes), then the features. The loss of a
-    row is linear, so its gradient is minus the features and minus 1, at its class: all gradients are of length sqrt(2),
-    and after one step at a rate of 1 `sums` holds sum and number of the features of each class, in one unknown unit and
-    with the noise of the step. `fit`, afterwards, looks at generated images only.
+    `feature_rows.mean_arguments` has it, on rows as `feature_rows.ImageFeatureRows` makes them. A row is float32 (D,).
+    The loss of a row is linear, so its gradient is minus the features and minus 1: all gradients are of length sqrt(2),
+    and after one step at a rate of 1 `sums` holds sum and number of the features in one unknown unit, with the noise of
+    the step. `fit`, afterwards, looks at generated images only.
+
+    It knows no classes: with labels, it chooses among images of one label by the mean of all.
     """
 
-    _keep_in_fp32_modules_strict = ["network", "sums", "exponents"]
+    _keep_in_fp32_modules_strict = ["network", "sums", "exponent"]
 
     def __init__(self, config: CriticConfig):
         super().__init__(config)
-        dim, means = self.network.feature_mean.numel(), max(1, config.num_classes)
-        self.sums = nn.Linear(dim, means)
-        self.register_buffer("exponents", torch.zeros(means, dim))
+        dim = self.network.feature_mean.numel()
+        self.sums = nn.Linear(dim, 1)
+        self.register_buffer("exponent", torch.zeros(dim))
         self.post_init()
         self.train(False)
 
@@ -50,59 +51,43 @@ class MeanCritic(Critic, PreTrainedModel):  # diffusers loads components whose m
             nn.init.zeros_(self.sums.bias)
 
     def per_example_loss(self, input_ids: Tensor) -> Tensor:
-        """Minus the output for the row's class (B,); 0 for a row without a class, where there are classes.
-
-        The rows are no token ids; trainers call them so.
-        """
-        labels = input_ids[:, 0].long()
-        if self.config.num_classes == 0:
-            labels = torch.zeros_like(labels)
-        outputs = self.sums(F.normalize(input_ids[:, 1:], dim=1))
-        return -outputs.gather(1, labels.clamp(min=0)[:, None])[:, 0] * (labels >= 0)
+        """Minus the output for each row of features (B, D): (B,). The rows are no token ids; trainers call them so."""
+        return -self.sums(F.normalize(input_ids, dim=1))[:, 0]
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Logarithm of the odds (B, max(1, num_classes)) with which images (B, 1 or 3, H, W) in [-1, 1] are kept."""
-        return F.normalize(self.features(pixel_values), dim=1) @ self.exponents.T
+        """Logarithm of the odds (B,) with which images (B, 1 or 3, H, W) in [-1, 1] are kept."""
+        return F.normalize(self.features(pixel_values), dim=1) @ self.exponent
 
     @torch.no_grad()
-    def fit(self, features: Tensor, labels: Tensor | None = None) -> None:
-        """Finds the weights of the choice from images that the generator drew, a few hundred sets for each class.
+    def fit(self, features: Tensor) -> None:
+        """Finds the exponent of the choice from images that the generator drew; a hundred sets of eight will do.
 
-        Post-processing of two private releases, generator and mean; no private image is looked at. A class whose noisy
-        number of images is not positive, or that nothing was drawn for, is warned of and gets no choice.
+        Post-processing of two private releases, generator and mean; no private image is looked at. If the noisy number
+        of images is not positive, a warning says so and none is preferred.
 
         Args:
-            features: (N, M, D) of the M images of each of N choices. labels: (N,) of these; None without classes.
+            features: (N, M, D) of the M images of each of N choices.
 
         Raises:
             ValueError: fewer than two images to choose from.
         """
         if features.ndim != 3 or features.shape[1] < 2:
             raise ValueError(f"features has shape {tuple(features.shape)}; give (N, M, D) with M >= 2 to choose from.")
-        known = torch.zeros(len(features), dtype=torch.long) if labels is None else labels.cpu()
-        directions = F.normalize(features.double().cpu(), dim=2)
-        for label, (total, count) in enumerate(zip(self.sums.weight, self.sums.bias, strict=True)):
-            drawn = directions[known == label]
-            if count <= 0 or len(drawn) == 0:
-                warnings.warn(
-                    f"class {label} has {len(drawn)} choices and a noisy share of {float(count):.3g} of the images;"
-                    " among its images none is preferred.",
-                    stacklevel=2,
-                )
-                self.exponents[label] = 0
-                continue
-            mean = (total / count).double().cpu()
-            mean /= mean.norm().clamp(min=1)  # as no mean of directions is longer, what is above is noise
-            self.exponents[label] = _exponent(drawn, mean)
+        count = self.sums.bias.item()
+        if count <= 0:
+            warnings.warn(f"the noisy number of private images is {count:.3g} units; none is preferred.", stacklevel=2)
+            self.exponent.zero_()
+            return
+        mean = (self.sums.weight[0] / count).double().cpu()
+        mean /= mean.norm().clamp(min=1)  # no mean of directions is longer: what is above is noise
+        self.exponent.copy_(_exponent(F.normalize(features.double().cpu(), dim=2), mean))
 
     @torch.no_grad()
     def choose(
         self, candidates: Sequence[Tensor], labels: Tensor | None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """One image at random, by the odds of `forward`. Arguments as in `Critic.choose`."""
-        logits = torch.stack([self(images.to(self.device)) for images in candidates], 1)  # (B, M, classes)
-        asked = torch.zeros(len(logits), dtype=torch.long) if labels is None else labels
-        odds = logits[torch.arange(len(logits)), :, asked.to(self.device)]
+        """One image at random, by the odds of `forward`. Arguments as in `Critic.choose`; labels do not matter."""
+        odds = torch.stack([self(images.to(self.device)) for images in candidates], 1)  # (B, M)
         device = self.device if generator is None else generator.device
         waiting = torch.empty(odds.shape, device=device).exponential_(generator=generator).log()
         return (odds - waiting.to(odds.device)).argmax(1)  # the first of competing exponential clocks

@@ -99,7 +99,7 @@ class DPSpectralPipeline(DiffusionPipeline):
             assert text_encoder is not None  # checked
             text_encoder.eval()
         if critic is not None:
-            if critic.config.num_classes != model.config.num_classes:
+            if critic.config.num_classes not in (0, model.config.num_classes):
                 raise ValueError(
                     f"num_classes={critic.config.num_classes} in the critic but {model.config.num_classes} in the"
                     " model; use the critic of the same private images."
@@ -377,7 +377,7 @@ class DPSpectralPipeline(DiffusionPipeline):
 
         total = len(texts["text_states"]) if texts else num_images if labels is None else len(labels)
         chosen_by_critic = self.critic is not None and attempts > 1
-        if chosen_by_critic and without_classes and num_scales is None:
+        if chosen_by_critic and without_classes:
             sampling["attempts"] = 1
         # Draws nothing, refuses what cannot be drawn.
         self.model.sample(labels, total, num_tokens=0, **texts, **sampling)
