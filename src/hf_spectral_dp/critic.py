@@ -163,7 +163,8 @@ class ClassCritic(Critic):
         """The image that shows its label likeliest; nothing is random. Arguments as in `Critic.choose`."""
         assert labels is not None
         likely = [self(images.to(self.device)).log_softmax(1) for images in candidates]
-        return torch.cat([some.gather(1, labels.to(self.device)[:, None]) for some in likely], 1).argmax(1)
+        asked = labels.to(likely[0].device)[:, None]  # where the critic went, if it is offloaded
+        return torch.cat([some.gather(1, asked) for some in likely], 1).argmax(1)
 
 
 __all__ = ["ClassCritic", "Critic", "CriticConfig"]
