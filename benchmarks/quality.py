@@ -5,7 +5,7 @@
 All methods see the same private rows, spend the same (epsilon, delta) under the same accountant by the same trainer,
 see public images of the same kind, and are measured by the same code. The methods:
 
-    ours           coarse wavelet tokens, then public super-resolution
+    ours           coarse wavelet tokens, then public super-resolution; critics as quality_critic says
     ceiling        (a) real private images through codec and super-resolution: the best ours could do
     floor          (b) the public model of ours without any private training
     raster         (d) tokens of full-resolution patches in raster order, the kind of DP-LlamaGen
