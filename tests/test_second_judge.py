@@ -29,5 +29,5 @@ def test_the_names_of_grids_say_what_is_in_them(name, found):
 
 
 def test_every_committed_grid_of_faces_is_judged():
-    grids = {path.name for path in second_judge.RESULTS.glob("quality_faces*.png")}
+    grids = {path.name for path in second_judge.RESULTS.glob("quality_faces_*.png")}
     assert len(grids) > 10 and all(second_judge.NAME.fullmatch(name) for name in grids)
