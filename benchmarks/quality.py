@@ -52,7 +52,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageToImage
 
 from benchmarks.judge import LiteFeatures, seen
-from benchmarks.quality_critic import choose_by, learn_classes, private_mean
+from benchmarks.quality_critic import choose_by, learn_classes, mean_rows, private_mean
 from benchmarks.quality_data import IMAGE_SETS, ImageSet, Labelled, private_images, public_images
 from benchmarks.quality_figures import figures, save_grid
 from benchmarks.quality_methods import (
@@ -338,11 +338,12 @@ def sources(
         if method == "ours" and "floor" in methods:
             yield "floor", 0.0, base, before, free
         likeness = method == "ours" and images.channels == 3 and not size.classifier_steps  # images count, not classes
+        shown = mean_rows(private[0], device) if likeness and method in methods else None
         for epsilon in epsilons if method in methods else []:
-            generator, prepared = copy.deepcopy(base), before
+            generator, prepared, ledgers = copy.deepcopy(base), before, None
             with tempfile.TemporaryDirectory() as folder:
-                if likeness:
-                    mean, ledgers = private_mean(private[0], epsilon, DELTA, Path(folder) / "mean", device)
+                if shown is not None:
+                    mean, ledgers = private_mean(shown, epsilon, DELTA, Path(folder) / "mean", device)
                 if math.isinf(epsilon):
                     cost = train_publicly(generator, rows, size.twin_steps, size.public_batch, learning_rate=1e-3)
                 else:
@@ -361,11 +362,9 @@ def sources(
                         ledger, prepared = learn_classes(
                             generator, rows, photos, epsilon, DELTA, size.taught, Path(folder)
                         )
-                        settings["earlier_ledgers"] = [ledger]
-                    if likeness:
-                        settings["earlier_ledgers"] = ledgers
-                    cost = train_privately(generator, rows, epsilon, DELTA, **settings)
-            if likeness:
+                        ledgers = [ledger]
+                    cost = train_privately(generator, rows, epsilon, DELTA, earlier_ledgers=ledgers, **settings)
+            if shown is not None:
                 cost = choose_by(mean, generator, cost, len(private[0]))
             yield method, epsilon, generator, prepared, cost
 

@@ -81,16 +81,25 @@ def learn_classes(
     return str(folder / LEDGER), cost
 
 
+def mean_rows(images: Tensor, device: str) -> Tensor:
+    """What a `MeanCritic` is trained on: features (N, D), on the CPU, of private images; the same at every epsilon."""
+    network = PublicFeatures().network.to(device)
+    with torch.no_grad():
+        return torch.cat([network.features(some.to(device)).cpu() for some in images.split(500)])
+
+
 def private_mean(
-    images: Tensor, epsilon: float, delta: float, folder: Path, device: str
+    rows: Tensor, epsilon: float, delta: float, folder: Path, device: str
 ) -> tuple[MeanCritic, list[str]]:
     """A critic that knows the mean of private images, within `MEAN_SHARE` of epsilon (exactly, if that is inf).
+
+    Args:
+        rows: `mean_rows` of the images.
 
     Returns:
         It, before it can choose (see `choose_by`), and its ledgers, for the training that follows.
     """
     critic = MeanCritic.on(PublicFeatures().network).to(device)
-    rows = torch.cat([critic.features(some.to(device)).cpu() for some in images.split(500)])
     if math.isinf(epsilon):
         critic.per_example_loss(rows.to(device)).mean().backward()
         for values in (critic.sums.weight, critic.sums.bias):

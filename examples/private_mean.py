@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from warm_start import private_arguments
+from warm_start import trained
 
-from hf_spectral_dp import DPSpectralPipeline, DPTrainer, DPTrainingArguments, MeanCritic
+from hf_spectral_dp import DPSpectralPipeline, DPTrainingArguments, MeanCritic
 from hf_spectral_dp.feature_rows import ImageFeatureRows, draw_choices
 from hf_spectral_dp.metrics.features import PublicFeatures
 from hf_spectral_dp.metrics.public_features import CHECKPOINT
@@ -51,14 +51,7 @@ def mean_of(
     critic = MeanCritic.on(PublicFeatures(section.get("network", CHECKPOINT)).network)
     columns = {name: column for name, column in columns.items() if name != "label_column"}
     rows = ImageFeatureRows(store, images, processor, critic.features, **columns)
-    private = DPTrainer(critic, private_arguments(section, args, output), rows)
-    private.train()
-    critic = private.merged_model().cpu().eval()
-    if private.is_world_process_zero():
-        critic.save_pretrained(folder)
-        print(f"mean of the images: epsilon {private.epsilon_spent:.4f} of {args.target_epsilon:g}", flush=True)
-    private.accelerator.wait_for_everyone()
-    return critic, ledger
+    return trained(critic, rows, section, args, output), ledger
 
 
 def learn_to_choose(pipeline: DPSpectralPipeline, seed: int) -> None:

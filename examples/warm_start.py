@@ -55,6 +55,18 @@ def private_arguments(section: dict[str, Any], args: DPTrainingArguments, output
     return recipe(folder, section["target_epsilon"], args.target_delta, use_cpu=args.use_cpu, **asked)
 
 
+def trained(critic: Any, rows: Any, section: dict[str, Any], args: DPTrainingArguments, output: Path) -> Any:
+    """A critic after its private run on `rows`, saved to output/critic by the first process."""
+    private = DPTrainer(critic, private_arguments(section, args, output), rows)
+    private.train()
+    critic = private.merged_model().cpu().eval()
+    if private.is_world_process_zero():
+        critic.save_pretrained(output / "critic")
+        print(f"critic: epsilon {private.epsilon_spent:.4f} of {args.target_epsilon:g}", flush=True)
+    private.accelerator.wait_for_everyone()
+    return critic
+
+
 def public_rows(section: dict[str, Any], model: Any, processor: Any, folder: Path) -> TokenStore:
     """Token rows of the public photos and of their mirror images; made once, by the first process."""
     with PartialState().local_main_process_first():
@@ -97,12 +109,7 @@ def taught(
     _, public = features_of_rows(photos, features)
     if not known:
         critic.fit(public)
-        private = DPTrainer(critic, private_arguments(section, args, output), FeatureRows(store, model, features))
-        private.train()
-        critic = private.merged_model().cpu().eval()
-        if private.is_world_process_zero():
-            critic.save_pretrained(folder)
-            print(f"critic: epsilon {private.epsilon_spent:.4f} of {args.target_epsilon:g}", flush=True)
+        critic = trained(critic, FeatureRows(store, model, features), section, args, output)
     chosen = Chosen(photos, critic.likeliest(public, section.get("share", 0.1)), model)
     training = TrainingArguments(
         output_dir=str(output / "public_training"), max_steps=section.get("public_steps", 1500),

@@ -3,9 +3,9 @@
 import pytest
 from test_critic import network
 from test_examples import job, run, run_here  # noqa: F401  (job is a fixture)
+from test_warm_start import of_one_budget
 
-from hf_spectral_dp import DPSpectralPipeline, MeanCritic, PrivacyCard
-from hf_spectral_dp.cli import main as cli
+from hf_spectral_dp import DPSpectralPipeline, MeanCritic
 from hf_spectral_dp.privacy.ledger import read_ledger
 
 
@@ -21,21 +21,14 @@ def test_mean_and_training_share_one_budget_and_a_run_goes_on(with_mean, tmp_pat
     done = run(with_mean, tmp_path)
     assert done.returncode == 0, done.stderr
     out = tmp_path / "out"
-    first, second = (read_ledger(out / name / "privacy_ledger.jsonl") for name in ("critic/training", "training"))
-    assert (first["charged"], second["charged"]) == (1, 4)
-    (earlier,) = second["header"]["plan"]["earlier"]
-    assert earlier["noise_multiplier"] == first["header"]["plan"]["noise_multiplier"]
-    report = PrivacyCard.load(out / "pipeline").report
-    assert 7.9 < report["claim"]["epsilon"] <= 8
-    assert report["mechanism"]["earlier_runs"][0]["ledger_head"] == first["head"]
+    report, head = of_one_budget(out, charged=(1, 4))
     assert [stage["name"] for stage in report["stages"]].count("choosing among samples") == 1
     assert {entry["role"] for entry in report["public_data"]} == {"codec and prior", "super-resolution"}
-    assert cli(["verify", str(out / "pipeline"), "--ledger", str(out / "training" / "privacy_ledger.jsonl")]) == 0
     pipe = DPSpectralPipeline.from_pretrained(out / "pipeline")
     assert isinstance(pipe.critic, MeanCritic) and pipe.critic.exponent.abs().sum() > 0
     assert pipe.config.attempts == 2
     assert run(with_mean, tmp_path, "--resume").returncode == 0
-    assert read_ledger(out / "critic" / "training" / "privacy_ledger.jsonl")["head"] == first["head"]
+    assert read_ledger(out / "critic" / "training" / "privacy_ledger.jsonl")["head"] == head
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from benchmarks.quality_critic import (
     critic_settings,
     features,
     learn_classes,
+    mean_rows,
     photo_rows,
     private_mean,
 )
@@ -81,13 +82,13 @@ def test_of_the_attempts_the_one_stays_that_the_critic_likes_best(generator):
 
 def test_mean_and_training_share_one_budget_and_the_twin_knows_the_mean_exactly(generator, tmp_path):
     private = images(50, 1)
-    critic, (ledger,) = private_mean(private, 8.0, 1e-5, tmp_path, "cpu")
+    critic, (ledger,) = private_mean(mean_rows(private, "cpu"), 8.0, 1e-5, tmp_path, "cpu")
     run = read_ledger(ledger)
     assert run["charged"] == 1 and run["header"]["plan"]["target_epsilon"] == 8.0 * MEAN_SHARE
     settings = {"max_steps": 3, "expected_batch_size": 10, "micro_batch_size": 10, "earlier_ledgers": [ledger]}
     own = train_privately(generator, generator.rows(private, torch.arange(50) % 2), 8.0, 1e-5, **settings)
     assert 7.9 < own.epsilon <= 8
-    exact, ledgers = private_mean(private, float("inf"), 1e-5, tmp_path / "twin", "cpu")
+    exact, ledgers = private_mean(mean_rows(private, "cpu"), float("inf"), 1e-5, tmp_path / "twin", "cpu")
     directions = torch.nn.functional.normalize(PublicFeatures().network.features(private), dim=1)
     assert torch.allclose(exact.sums.weight[0] / exact.sums.bias, directions.mean(0), atol=1e-5)
     assert ledgers == [] and not torch.equal(critic.sums.weight, exact.sums.weight)
@@ -95,7 +96,7 @@ def test_mean_and_training_share_one_budget_and_the_twin_knows_the_mean_exactly(
 
 @pytest.mark.slow
 def test_what_the_choice_costs_is_counted(generator, tmp_path):
-    exact, _ = private_mean(images(50, 1), float("inf"), 1e-5, tmp_path, "cpu")
+    exact, _ = private_mean(mean_rows(images(50, 1), "cpu"), float("inf"), 1e-5, tmp_path, "cpu")
     cost = choose_by(exact, generator, Cost(1.0, 5.0, steps=3), 50)
     assert cost.flops > 5 and (cost.seconds, cost.steps) == (1.0, 3)
     assert generator.sampling["critic"] == "MeanCritic" and generator.attempts == CHOICES

@@ -30,21 +30,26 @@ def with_critic(job, tmp_path) -> dict:  # noqa: F811
     return {**job, "critic": section, "sampling": {"attempts": 2}, "evaluation": {}}
 
 
-@pytest.mark.slow
-def test_critic_and_training_share_one_budget(with_critic, tmp_path):
-    done = run(with_critic, tmp_path)
-    assert done.returncode == 0, done.stderr
-    out = tmp_path / "out"
+def of_one_budget(out: Path, charged: tuple[int, int]) -> tuple[dict, str]:
+    """Report of a run with a critic, and the head of the critic's ledger; both runs are counted, once and together."""
     first, second = (read_ledger(out / name / "privacy_ledger.jsonl") for name in ("critic/training", "training"))
-    assert (first["charged"], second["charged"]) == (3, 4)
+    assert (first["charged"], second["charged"]) == charged
     (earlier,) = second["header"]["plan"]["earlier"]
     assert earlier["noise_multiplier"] == first["header"]["plan"]["noise_multiplier"]
     report = PrivacyCard.load(out / "pipeline").report
     assert 7.9 < report["claim"]["epsilon"] <= 8
     assert report["mechanism"]["earlier_runs"][0]["ledger_head"] == first["head"]
-    assert {"role": "photos that a private critic chose", "source": "noise"} in report["public_data"]
     assert cli(["verify", str(out / "pipeline"), "--ledger", str(out / "training" / "privacy_ledger.jsonl")]) == 0
-    pipe = DPSpectralPipeline.from_pretrained(out / "pipeline")
+    return report, first["head"]
+
+
+@pytest.mark.slow
+def test_critic_and_training_share_one_budget(with_critic, tmp_path):
+    done = run(with_critic, tmp_path)
+    assert done.returncode == 0, done.stderr
+    report, _ = of_one_budget(tmp_path / "out", charged=(3, 4))
+    assert {"role": "photos that a private critic chose", "source": "noise"} in report["public_data"]
+    pipe = DPSpectralPipeline.from_pretrained(tmp_path / "out" / "pipeline")
     assert pipe.critic is not None and pipe.config.attempts == 2
 
 
