@@ -112,7 +112,7 @@ def test_in_half_precision_the_critic_judges_in_full(tmp_path):
 
 
 def test_a_critic_judges_the_private_model_and_no_control():
-    """It is private: images of a public model that it had chosen from would be no floor."""
+    """It is private: images of a public model that it had chosen from would be no floor. Its attempts go with it."""
     pipe = pipeline(scales=3, critic=critic(), attempts=3)
     other = coarse_model(scales=3)
     ours, _ = draw_images(pipe, pipe.model, 20, seed=0, batch_size=20)
@@ -120,6 +120,6 @@ def test_a_critic_judges_the_private_model_and_no_control():
     expected = pipe(class_labels=labels, generator=seeded(), output_type="pt", batch_size=20).images * 2 - 1
     assert torch.equal(ours, expected)
     control, _ = draw_images(pipe, other, 20, seed=0, batch_size=20)
-    alone = pipeline(scales=3, attempts=3)
+    alone = pipeline(scales=3)
     expected = alone(class_labels=labels, generator=seeded(), output_type="pt", batch_size=20).images * 2 - 1
     assert torch.equal(control, expected)

@@ -278,6 +278,8 @@ def _with_model(pipeline: DPSpectralPipeline, model: Any) -> DPSpectralPipeline:
         )
     sampling = {name: pipeline.config[name] for name in SAMPLING_VALUES}
     critic = pipeline.critic if model is pipeline.model else None  # it is private: no part of a floor or a twin
+    if critic is not pipeline.critic:
+        sampling["attempts"] = 1  # they were its choices; without it the model itself would choose
     chain = DPSpectralPipeline(model, pipeline.image_processor, pipeline.super_resolution, critic=critic, **sampling)
     chain.set_progress_bar_config(disable=True)
     return chain

@@ -60,7 +60,7 @@ class MeanCritic(Critic, PreTrainedModel):  # diffusers loads components whose m
 
     @torch.no_grad()
     def fit(self, features: Tensor) -> None:
-        """Finds the exponent of the choice from images that the generator drew; a hundred sets of eight will do.
+        """Finds the exponent of the choice from images that the generator drew; 64 sets of eight will do.
 
         Post-processing of two private releases, generator and mean; no private image is looked at. If the noisy number
         of images is not positive, a warning says so and none is preferred.
