@@ -214,8 +214,7 @@ def upscaler(network: Any, size: int, compared_at: int, coarse: Tensor) -> Tenso
     """Coarse images at the full size: by `network` as often as it takes, or bicubically if there is none.
 
     They come out at `compared_at`: by averages where that is less, bicubically where it is more. The bundled network
-    knows no larger images than its `size`; on its own output it puts grain upon grain. On public photos of 128 pixels
-    that come from the codec, a bicubic last doubling is nearer to the second judge, the network to the shipped features.
+    saw no larger images than its `size`, and on its own output it puts grain upon grain; docs/design.md has figures.
     """
     with torch.no_grad():
         detailed = upscale_to(size, "bicubic" if network is None else network, coarse)

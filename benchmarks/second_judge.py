@@ -29,7 +29,7 @@ from hf_spectral_dp.metrics.features import FeatureExtractor, PublicFeatures
 
 RESULTS = Path(__file__).parent / "results"
 COUNT = 60  # images in a grid
-NAME = re.compile(r"quality_(faces|cifar10)(_gpu|_24_steps)?_([a-z0-9]+)_([0-9.]+|inf)\.png")
+NAME = re.compile(r"quality_(faces|cifar10)(_gpu|_[0-9]+_steps)?_([a-z0-9]+)_([0-9.]+|inf)\.png")
 
 
 def cut(path: Path, side: int) -> Tensor:
