@@ -162,7 +162,7 @@ def draw_choices(draw: Callable[[int], Tensor], critic: MeanCritic, attempts: in
     Args:
         draw: that many full-size images (n, C, S, S) in [-1, 1]; with classes, of the same classes at every call.
         attempts: images of each choice, as many as the pipeline will have.
-        count: choices. With 64 of eight images what is kept is as near as with more; with 32 it is not.
+        count: choices. With 64 of eight images what is kept is as near as with 93; with 32 it is not.
     """
     sets = []
     for _ in tqdm(range(attempts), desc="learning to choose", unit="attempt"):
