@@ -2,14 +2,18 @@
 
 Where classes count, at a tenth of the budget at epsilon 10, three tenths at 1, a critic of classes is trained by
 `DPTrainer` on features of the private images; it chooses the public photos from which the public model learns the
-classes, and later among generated images. Where only the images count, a tenth of the budget is for their mean.
+classes, and later among generated images. Where only the images count, a tenth of the budget is for their mean: by it
+super-resolution learns detail, if a size asks for it, and images are chosen among those drawn.
 """
 
 import math
+import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,6 +21,7 @@ from benchmarks.quality_methods import Cost, TokenGenerator, train_publicly
 from hf_spectral_dp import ClassCritic, DPTrainer, MeanCritic
 from hf_spectral_dp.feature_rows import RowsInMemory, critic_arguments, draw_choices, mean_arguments
 from hf_spectral_dp.metrics.features import PublicFeatures
+from hf_spectral_dp.super_resolution_training import MENDING, mend_towards, public_squares
 from hf_spectral_dp.trainer import LEDGER
 
 CHOICES = 8  # images of which the private mean keeps one
@@ -110,6 +115,28 @@ def private_mean(
     )
     DPTrainer(critic, arguments, RowsInMemory(rows)).train()
     return critic.eval(), [str(folder / LEDGER)]
+
+
+def mend(critic: MeanCritic, generator: TokenGenerator, cost: Cost, photos: Tensor, steps: int) -> Cost:
+    """Lets the super-resolution of the trained generator learn from public photos that the mean weighs.
+
+    As `mend_towards` does it, from photos (N, C, S, S) in [-1, 1]. Returns the cost, with what this took added.
+    """
+    enlarge, model = generator.upscaler, generator.model
+    assert isinstance(enlarge, partial)  # of `quality.upscaler`, as all of ours are
+    network, *sizes = enlarge.args
+    start, pixels = time.perf_counter(), ((photos + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    images = public_squares(map(Image.fromarray, pixels), model.config.image_size, model.config.num_channels, seed=0)
+    with FlopCounterMode(display=False) as counter:
+        critic.features(images[:1].to(critic.device).float())
+    flops = len(images) * counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:  # after eight steps it comes round; their look is counted, too
+        mend_towards(critic, network, model, images[:16], generator.temperature, replace(MENDING, steps=8))
+    flops += steps * counter.get_total_flops() / 8
+    schedule = replace(MENDING, steps=steps, bf16=True)
+    mended = mend_towards(critic, network, model, images, generator.temperature, schedule)
+    generator.upscaler, generator.detail_steps = partial(enlarge.func, mended, *sizes), steps
+    return replace(cost, seconds=cost.seconds + time.perf_counter() - start, flops=cost.flops + flops)
 
 
 def choose_by(critic: MeanCritic, generator: TokenGenerator, cost: Cost, private: int) -> Cost:

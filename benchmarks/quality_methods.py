@@ -33,12 +33,14 @@ class TokenGenerator:
     is the image itself: patches of pixels in raster order, the way of models without wavelets; 0.5 shows it averages of
     such blocks. `attempts`: how often images that the model itself takes for another class are drawn again or, with a
     `critic`, among how many it chooses, as `DPSpectralPipeline` does; `temperature` divides the logits, one for all
-    scales or one for each; see `SpectralTokenizerForCausalLM.sample`.
+    scales or one for each; see `SpectralTokenizerForCausalLM.sample`. `detail_steps`: in which the upscaler learned
+    from public photos that a private mean weighed.
     """
 
     def __init__(self, model: SpectralTokenizerForCausalLM, upscaler: Upscaler, enlarge: float = 1):
         self.model, self.upscaler, self.enlarge = model, upscaler, enlarge
         self.attempts = 1
+        self.detail_steps = 0
         self.critic: Critic | None = None
         self.temperature: float | list[float] = 1.0
 
@@ -92,7 +94,8 @@ class TokenGenerator:
     def sampling(self) -> dict[str, Any]:
         """How images are drawn, for the rows of a report."""
         critic = False if self.critic is None else type(self.critic).__name__
-        return {"temperature": self.temperature, "attempts": self.attempts, "critic": critic}
+        drawn = {"temperature": self.temperature, "attempts": self.attempts, "critic": critic}
+        return drawn | ({"detail_steps": self.detail_steps} if self.detail_steps else {})
 
     def name_classes(self) -> None:
         """After training on images without labels: every class starts from what is known of the null token."""

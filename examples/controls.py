@@ -19,6 +19,7 @@ from hf_spectral_dp import DPSpectralPipeline
 from hf_spectral_dp.assessment import draw_images
 from hf_spectral_dp.image_sources import load_images
 from hf_spectral_dp.metrics.utility import classifier_accuracy
+from hf_spectral_dp.pipeline_spectral import SAMPLING_VALUES
 from hf_spectral_dp.real_images import read_real_images
 from hf_spectral_dp.super_resolution import upscale_to
 from hf_spectral_dp.token_store import TokenStore
@@ -73,6 +74,7 @@ def compare(
     data: dict[str, Any],
     pipeline: DPSpectralPipeline,
     prior: Any,
+    detail: Any,
     store: TokenStore,
     args: Any,
     test: Labelled,
@@ -81,12 +83,14 @@ def compare(
 
     Args:
         section: the config's `evaluation`; data: the config's `data`.
-        pipeline: the trained pipeline; prior: the public model that it started from.
+        pipeline: the trained pipeline; prior, detail: the public model and super-resolution that it started from.
         store: the private token rows; args: the training arguments.
         test: `real_images` of the section, read before anything was spent.
     """
     each = section.get("images_per_class", 1000)
     test_images, test_labels = test
+    sampling = {name: pipeline.config[name] for name in SAMPLING_VALUES}
+    floor = DPSpectralPipeline(pipeline.model, pipeline.image_processor, detail, critic=pipeline.critic, **sampling)
 
     def twin() -> Labelled:
         folder = Path(args.output_dir).with_name("twin")
@@ -97,7 +101,7 @@ def compare(
 
     publishable: dict[str, Callable[[], Labelled]] = {
         f"images generated at epsilon {args.target_epsilon:g}": lambda: generated(pipeline, pipeline.model, each),
-        "floor: images of the public model (epsilon 0)": lambda: generated(pipeline, prior, each),
+        "floor: images of the public model (epsilon 0)": lambda: generated(floor, prior, each),
     }
     private: dict[str, Callable[[], Labelled]] = {
         "twin: images of a model trained without privacy": twin,

@@ -2,24 +2,32 @@
 
 Run by train.py when a config has a `critic` section of `kind: mean`. One noisy sum over all private images, at a part
 of the budget, says what a public network sees in them on average (`hf_spectral_dp.mean_critic`). After private training
-the critic learns from generated images with which odds to keep one of several; that is post-processing. Writes to the
-output folder, beside train.py's:
+the critic learns from generated images with which odds to keep one of several; that is post-processing. With `public`
+photos in the section the super-resolution network first goes on learning from them, weighed so that they have the
+private mean, which is post-processing, too (`hf_spectral_dp.super_resolution_training`). Writes to the output folder,
+beside train.py's:
 
-    critic/     the critic, which the pipeline saves again, and its ledger in critic/training: keep that private
+    critic/             the critic, which the pipeline saves again, and its ledger in critic/training: keep that private
+    super_resolution/   the network after it learned, which the pipeline saves again
 """
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from warm_start import trained
 
 from hf_spectral_dp import DPSpectralPipeline, DPTrainingArguments, MeanCritic
 from hf_spectral_dp.feature_rows import ImageFeatureRows, draw_choices
+from hf_spectral_dp.image_sources import load_images, readable, undecoded
 from hf_spectral_dp.metrics.features import PublicFeatures
 from hf_spectral_dp.metrics.public_features import CHECKPOINT
-from hf_spectral_dp.super_resolution import upscale_to
+from hf_spectral_dp.super_resolution import SpectralSuperResolution, upscale_to
+from hf_spectral_dp.super_resolution_training import MENDING, mend_towards, public_squares
 from hf_spectral_dp.token_store import TokenStore
 from hf_spectral_dp.trainer import LEDGER
 
@@ -52,6 +60,41 @@ def mean_of(
     columns = {name: column for name, column in columns.items() if name != "label_column"}
     rows = ImageFeatureRows(store, images, processor, critic.features, **columns)
     return trained(critic, rows, section, args, output), ledger
+
+
+def public_photos(section: dict[str, Any]) -> Iterator[Image.Image]:
+    """Those that the mean weighs, as the config's `critic` names them; what cannot be read is passed over."""
+    rows = undecoded(load_images(section["public"], section.get("public_split", "train")))
+    return (photo for photo, _ in readable(rows, "image"))
+
+
+def mended(
+    section: dict[str, Any],
+    critic: MeanCritic,
+    detail: SpectralSuperResolution,
+    model: Any,
+    temperature: Any,
+    args: DPTrainingArguments,
+    output: Path,
+) -> SpectralSuperResolution:
+    """The super-resolution network after it learned from the section's public photos; a run that goes on finds it.
+
+    Args:
+        section: the config's `critic`, with `public`.
+        critic, model: after their private training. detail: the public network. temperature: of drawing.
+        args: of the private training. output: the run's folder.
+    """
+    folder = output / "super_resolution"
+    if (folder / "config.json").exists():
+        return SpectralSuperResolution.from_pretrained(folder)
+    images = public_squares(public_photos(section), model.config.image_size, model.config.num_channels, args.seed)
+    schedule = replace(MENDING, steps=section.get("public_steps", MENDING.steps), bf16=args.bf16, seed=args.seed)
+    parts = [part.to(args.device) for part in (critic, detail, model)]
+    learned = mend_towards(*parts, images, temperature, schedule).cpu()
+    for part in parts:
+        part.cpu()
+    learned.save_pretrained(folder)
+    return learned
 
 
 def learn_to_choose(pipeline: DPSpectralPipeline, seed: int) -> None:

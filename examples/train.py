@@ -10,8 +10,9 @@ super-resolution model, and writes to the config's `output` folder:
     training/    checkpoints and the privacy ledger; keep them together and private
 
 With a `critic` section, a small part of the budget goes into a critic that chooses among the images drawn: by the mean
-of the private images (`kind: mean`, see private_mean.py), or by their classes (`kind: classes`, see warm_start.py), for
-which it also chooses public photos, so that the public model learns the classes before private training begins. With an
+of the private images (`kind: mean`, see private_mean.py), or by their classes (`kind: classes`, see warm_start.py). It
+also says from which public photos super-resolution learns detail like that of the private images, or the public model
+the classes before private training begins. With an
 `evaluation` section it also prints the accuracy on real test images of a classifier trained on the generated ones,
 beside its controls. All sections and fields are explained in examples/configs/demo.yaml.
 """
@@ -26,7 +27,7 @@ import torch
 import yaml
 from accelerate import PartialState
 from controls import compare, real_images
-from private_mean import learn_to_choose, mean_of
+from private_mean import learn_to_choose, mean_of, mended, public_photos
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageToImage
 from warm_start import NOTE, private_arguments, taught
 
@@ -34,6 +35,7 @@ from hf_spectral_dp import DPSpectralPipeline, DPTrainer, DPTrainingArguments, P
 from hf_spectral_dp.generation import image_grid
 from hf_spectral_dp.image_sources import load_images
 from hf_spectral_dp.pipeline_spectral import SAMPLING_VALUES
+from hf_spectral_dp.super_resolution import SpectralSuperResolution
 from hf_spectral_dp.text_encoder import load_text_encoder
 from hf_spectral_dp.token_store import TokenStore, build_token_store
 from hf_spectral_dp.views import Views
@@ -63,6 +65,8 @@ CRITICS = {  # by kind: fields that it needs, and the config that explains them
     "classes": ({"target_epsilon", "public", "public_source"}, "cifar10.yaml"),
     "mean": ({"target_epsilon"}, "faces.yaml"),
 }
+PUBLIC = ("public", "public_source", "public_split", "public_steps")
+MENDED = "super-resolution went on from public photos, weighed so that their features have the private mean"
 DRAWN = {
     "classes": "the critic keeps the one that shows its class likeliest",
     "mean": "the critic keeps one, at odds for which images kept have the private mean of public features",
@@ -99,8 +103,11 @@ def read_config(path: str) -> dict[str, Any]:
             raise ValueError(f"{path}: critic lacks {sorted(missing)}; examples/configs/{example} explains them.")
         if kind == "classes" and not config["data"].get("label_column"):
             raise ValueError(f"{path}: a critic tells classes apart, and data.label_column names none.")
-        if kind == "mean" and (unused := set(critic) - {"kind", "target_epsilon", "network"}):
+        if kind == "mean" and (unused := set(critic) - {"kind", "target_epsilon", "network", *PUBLIC}):
             raise ValueError(f"{path}: critic of kind mean takes no {sorted(unused)}; leave them out.")
+        if kind == "mean" and (given := set(critic) & set(PUBLIC)) and not set(PUBLIC[:2]) <= given:
+            raise ValueError(f"{path}: critic has {sorted(given)}; the photos that a private mean weighs need both of"
+                             f" {', '.join(PUBLIC[:2])}.")  # fmt: skip
         if kind == "mean" and config["sampling"].get("attempts", 1) < 2:
             raise ValueError(f"{path}: a critic of kind mean chooses among sampling.attempts images; give 2 or more, 8"
                              " are usual.")  # fmt: skip
@@ -200,6 +207,12 @@ def main() -> None:
     network = config["model"]["super_resolution"]  # ours, Swin2SR or their kind; none where the tokens need none
     detail = AutoModelForImageToImage.from_pretrained(located(network)) if network else None
     DPSpectralPipeline(model, processor, detail, *text, **config["sampling"])
+    weighs = config["critic"].get("kind") == "mean" and "public" in config["critic"]
+    if weighs and (not isinstance(detail, SpectralSuperResolution) or model.config.coarse_size == processor.image_size):
+        raise ValueError(f"critic.public teaches detail to a SpectralSuperResolution that enlarges what tokens show;"
+                         f" model.super_resolution={network!r} is another, or does nothing here.")  # fmt: skip
+    if weighs and next(public_photos(config["critic"]), None) is None:
+        raise ValueError(f"critic.public={config['critic']['public']!r} holds no image that can be read.")
 
     # 2. Images to tokens, tokens to a private model. Test images that cannot be used end the run before it spends.
     store = tokenise(config, model, processor, text, views, output / "tokens")
@@ -218,8 +231,10 @@ def main() -> None:
         return
 
     # 3. The pipeline with samples of a fixed seed, not picked by hand.
-    merged = trainer.merged_model().cpu().eval()
-    pipeline = DPSpectralPipeline(merged, processor, detail, *text, critic=judge, **config["sampling"])
+    merged, network = trainer.merged_model().cpu().eval(), detail
+    if weighs:
+        network = mended(critic, judge, detail, merged, config["sampling"].get("temperature", 1.0), args, output)
+    pipeline = DPSpectralPipeline(merged, processor, network, *text, critic=judge, **config["sampling"])
     if critic and critic["kind"] == "mean":
         learn_to_choose(pipeline, args.seed)
     folder = output / "pipeline"
@@ -232,14 +247,17 @@ def main() -> None:
     image_grid(images, columns=model.config.num_classes or 8).save(folder / "samples.png")
 
     # 4. The card, from the run itself.
-    evaluation = compare(config["evaluation"], data, pipeline, public, store, args, test) if test else []
+    evaluation = compare(config["evaluation"], data, pipeline, public, detail, store, args, test) if test else []
     run, about = trainer.privacy_report(), config["card"]
     looks = list(about.get("outside_guarantee", []))
     if evaluation:
         section = config["evaluation"]
         looks.append(f"The figures under Quality: measured on images of {section['source']}, {section['split']}.")
     models, photos = config["model"], critic.get("public_source")
-    if photos:
+    verb = "mean weighed" if weighs else "critic chose"
+    if weighs:
+        run["stages"].append({"name": "learning the detail", "private": False, "note": MENDED})
+    elif photos:
         run["stages"].insert(1, {"name": "learning the classes", "private": False, "note": NOTE})
     if critic and (attempts := pipeline.config.attempts) > 1:
         kept = f"of {attempts} images drawn, {DRAWN[critic['kind']]}"
@@ -256,7 +274,7 @@ def main() -> None:
             {"role": "codec and prior", "source": models["prior_source"]},
             {"role": "super-resolution", "source": models["super_resolution_source"]},
             *encoder,
-            *([{"role": "photos that a private critic chose", "source": photos}] if photos else []),
+            *([{"role": f"photos that a private {verb}", "source": photos}] if photos else []),
         ],
         "hyperparameter_tuning": {
             "statement": about["hyperparameter_tuning"],

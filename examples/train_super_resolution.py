@@ -18,25 +18,18 @@ Never give it the sensitive images, nor images of the same people: nothing here 
 """
 
 import argparse
-import copy
 import itertools
-import math
-import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from torch import nn
-from torch.nn.utils import spectral_norm
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
-from hf_spectral_dp import SpectralTokenizerForCausalLM
 from hf_spectral_dp.image_sources import load_images, readable, undecoded
 from hf_spectral_dp.super_resolution import SpectralSuperResolution, SpectralSuperResolutionConfig, upscale, upscale_to
+from hf_spectral_dp.super_resolution_training import Coarse, Schedule, squares, train_super_resolution
 
 CARD = """---
 library_name: transformers
@@ -61,22 +54,6 @@ nearest: {nearest:.2f}.
 """
 
 
-def square(image: Image.Image, size: int, channels: int, rng: np.random.Generator) -> np.ndarray:
-    """A random square of `image`, uint8 (size, size, channels): half the time the whole image, area-averaged.
-
-    The other squares are of any side down to half of `size`, and enlarged where they are smaller. Photos that were made
-    small are sharp everywhere; a network that saw no others puts detail where skin, sky and walls have none.
-    """
-    image = image.convert("L" if channels == 1 else "RGB")
-    side = min(image.size)
-    if rng.random() < 0.5:
-        side = int(rng.integers(min(side, size // 2), side + 1))
-    left, top = (int(rng.integers(extent - side + 1)) for extent in image.size)
-    resample = Image.Resampling.BOX if side >= size else Image.Resampling.BICUBIC
-    small = image.resize((size, size), resample, box=(left, top, left + side, top + side))
-    return np.asarray(small).reshape(size, size, channels)
-
-
 def public_images(arguments: argparse.Namespace) -> np.ndarray:
     """uint8 images (n, size, size, channels), n <= --images."""
     rng = np.random.default_rng(arguments.seed)
@@ -90,80 +67,9 @@ def public_images(arguments: argparse.Namespace) -> np.ndarray:
         padded = np.pad(digits, ((0, 0), margin, margin))[..., None]
         return np.repeat(padded, channels, axis=-1)
     rows = undecoded(load_images(arguments.public, arguments.split))
-    squares = (square(photo, size, channels, rng) for photo, _ in readable(rows, arguments.image_column))
-    return np.stack(list(tqdm(itertools.islice(squares, arguments.images), "reading", total=arguments.images)))
-
-
-def batches(images: torch.Tensor, batch_size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
-    """Endless random batches in [-1, 1], half of them mirrored."""
-    while True:
-        places = torch.randint(len(images), (batch_size,), generator=generator).to(images.device)
-        chosen = images[places].float() / 127.5 - 1
-        yield chosen.flip(-1) if torch.rand((), generator=generator) < 0.5 else chosen
-
-
-@torch.no_grad()
-def redrawn(prior: SpectralTokenizerForCausalLM, tokens: torch.Tensor, temperature: Sequence[float]) -> torch.Tensor:
-    """Tokens (B, T) whose details are what the prior draws at a temperature per scale, each given the true ones before.
-
-    A model that takes nearly the likeliest details shows smoother images than any photo's tokens do. The coarsest scale
-    stays, so that the true image is still what is to be found.
-    """
-    layout = prior.config.layout
-    start = prior.start_tokens(None, len(tokens))[:, None]
-    logits = prior(torch.cat([start, tokens[:, :-1]], 1), use_cache=False).logits.float()
-    sharper = logits / logits.new_tensor([temperature[index] for index in layout.scale_of_position])[:, None]
-    drawn = torch.distributions.Categorical(logits=sharper).sample()
-    kept = layout.scales[0].tokens
-    return torch.cat([tokens[:, :kept], drawn[:, kept:]], 1)
-
-
-def one_cycle(share: float, rise: float) -> float:
-    """Learning rate over its largest, after this share of a training: up along a cosine until `rise`, then down."""
-    return (
-        (1 - math.cos(math.pi * share / rise)) / 2
-        if share < rise
-        else (1 + math.cos(math.pi * (share - rise) / (1 - rise))) / 2
-    )
-
-
-class Discriminator(nn.Module):
-    """Tells true images (B, C, S, S), given their coarse versions at the same size, from enlarged ones, place by place.
-
-    A hinge loss with spectral normalisation (arXiv:1802.05957) and, for the other side, the distances of its own
-    hidden features between the enlarged image and the true one, which hold training steady (arXiv:1711.11585). No
-    stage sees some pixels more often than others, as a stride of 2 under a kernel of 3 would: where the judge looks
-    harder, the enlarged image takes on a grain.
-    """
-
-    def __init__(self, channels: int, width: int = 24):
-        super().__init__()
-        widths = [2 * channels, width, 2 * width, 4 * width, 16 * width // 3]
-        kernels = [(3, 1, 1), *[(4, 2, 1)] * 3]  # size, stride, padding
-        self.stages = nn.ModuleList(
-            spectral_norm(nn.Conv2d(before, after, *kernel))
-            for before, after, kernel in zip(widths, widths[1:], kernels, strict=False)
-        )
-        self.out = nn.Conv2d(widths[-1], 1, 1)
-
-    def forward(self, images: torch.Tensor, beside: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        hidden, found = torch.cat([images, beside], 1), []
-        for stage in self.stages:
-            hidden = F.leaky_relu(stage(hidden), 0.2)
-            found.append(hidden)
-        return self.out(hidden), found
-
-    def of_enlarged(self, images: torch.Tensor, true: torch.Tensor, beside: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """What the enlarging network wants small: how false its images look, and how unlike the true ones."""
-        verdict, found = self(images, beside)
-        with torch.no_grad():
-            wanted = self(true, beside)[1]
-        return -verdict.mean(), torch.stack([F.l1_loss(a, b) for a, b in zip(found, wanted, strict=True)]).sum()
-
-    def loss(self, images: torch.Tensor, true: torch.Tensor, beside: torch.Tensor) -> torch.Tensor:
-        """What this network wants small."""
-        false, right = self(torch.cat([images.detach(), true]), beside.repeat(2, 1, 1, 1))[0].chunk(2)
-        return F.relu(1 + false).mean() + F.relu(1 - right).mean()
+    photos = (photo for photo, _ in readable(rows, arguments.image_column))
+    read = itertools.islice(squares(photos, size, channels, rng), arguments.images)
+    return np.stack(list(tqdm(read, "reading", total=arguments.images)))
 
 
 def main() -> None:
@@ -205,21 +111,10 @@ def main() -> None:
     if prior is not None and len(arguments.temperature) != (scales := len(prior.config.layout.scales)):
         parser.error(f"--temperature {arguments.temperature} for a prior of {scales} scales; give one for each.")
 
-    def coarse(target: torch.Tensor) -> torch.Tensor:
-        return F.avg_pool2d(target, arguments.scale) if codec is None else codec.decode(codec.encode(target))
-
-    def shown(target: torch.Tensor, step: int) -> torch.Tensor:
-        """What the network is to enlarge at this step."""
-        if prior is not None and step % 2:
-            return codec.decode(redrawn(prior, codec.encode(target), arguments.temperature))
-        if codec is None or step % 4 < 2:
-            return coarse(target)
-        block = arguments.size // codec.config.coarse_size
-        return F.avg_pool2d(target, 2 * block if (step % 8 > 4 if prior is not None else step % 4 == 3) else block)
-
+    coarse = Coarse(arguments.scale, codec, prior, arguments.temperature)
     task = {"num_channels": arguments.channels, "scale": arguments.scale, "keep_average": codec is None}
     if arguments.start:
-        model = SpectralSuperResolution.from_pretrained(arguments.start).train()
+        model = SpectralSuperResolution.from_pretrained(arguments.start)
         if (found := {name: getattr(model.config, name) for name in task}) != task:
             parser.error(f"--start {arguments.start} is made for {found}, the task is {task}; start from one for it.")
     else:
@@ -228,65 +123,21 @@ def main() -> None:
     images = torch.from_numpy(public_images(arguments)).permute(0, 3, 1, 2).contiguous().to(device)
     held_out = max(1, min(200, len(images) // 10))
     test, images = images[:held_out].float() / 127.5 - 1, images[held_out:]
-    judge = Discriminator(arguments.channels, arguments.judge_width) if arguments.adversarial else None
-    for network in (model, *([judge] if judge else [])):
-        network.to(device, memory_format=torch.channels_last)  # on a CPU 1.15 times as fast
-    # Share of the training before the judge is asked: by absolute error alone, or of the judge alone where the network
-    # knows its task.
-    warm = 1 / (40 if arguments.start else 10)
-    learns_from, judge_from = (warm, 0.0) if arguments.start else (0.0, 0.9 * warm)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=arguments.learning_rate, betas=(0.5, 0.99) if judge else (0.9, 0.999)
-    )
-    judging = torch.optim.Adam(judge.parameters(), lr=4e-4, betas=(0.5, 0.99)) if judge else None
-    average = copy.deepcopy(model) if judge else model  # adversarial training goes round in circles
-    source = batches(images, arguments.batch_size, torch.Generator().manual_seed(arguments.seed))
-    progress = tqdm(itertools.count(), "training", total=None if arguments.minutes else arguments.steps)
-    began, steps = time.monotonic(), 0
-    for step in progress:
-        share = (time.monotonic() - began) / (60 * arguments.minutes) if arguments.minutes else step / arguments.steps
-        if share >= 1:
-            break
-        steps = step + 1
-        for group in optimizer.param_groups:
-            group["lr"] = arguments.learning_rate * one_cycle(share, 0.1 if arguments.start else 0.3)
-        target = next(source).contiguous(memory_format=torch.channels_last)
-        if codec is None and step % 4 == 3 and arguments.size % (2 * arguments.scale) == 0:
-            target = F.avg_pool2d(target, 2)  # the network also meets images half as large
-        small, side = shown(target, step), target.shape[-1]
-        with torch.autocast(device.type, torch.bfloat16, enabled=arguments.bf16):
-            enlarged = upscale_to(side, model, small).float()
-            loss = error = F.l1_loss(enlarged, target)
-            beside = F.interpolate(small, (side, side))
-            if judge and share >= warm:
-                judge.requires_grad_(False)  # it learns from its own loss below
-                false, unlike = judge.of_enlarged(enlarged, target, beside)
-                loss = error + arguments.adversarial * false + unlike / 2
-        if share >= learns_from:
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-        if judge and judging and share >= judge_from:
-            judge.requires_grad_(True)
-            with torch.autocast(device.type, torch.bfloat16, enabled=arguments.bf16):
-                wrong = judge.loss(enlarged, target, beside)
-            judging.zero_grad()
-            wrong.backward()
-            judging.step()
-        if judge:
-            with torch.no_grad():
-                for mean, weight in zip(average.parameters(), model.parameters(), strict=True):
-                    mean.lerp_(weight, 0.01 if share > warm else 1.0)
+    schedule = Schedule(
+        steps=arguments.steps, minutes=arguments.minutes, batch_size=arguments.batch_size,
+        learning_rate=arguments.learning_rate, adversarial=arguments.adversarial, judge_width=arguments.judge_width,
+        goes_on=bool(arguments.start), bf16=arguments.bf16, seed=arguments.seed,
+    )  # fmt: skip
+
+    def kept(network: SpectralSuperResolution, steps: int) -> None:
         if arguments.save_steps and steps % arguments.save_steps == 0:
-            average.save_pretrained(f"{arguments.out}-{steps}")
-        if step % 50 == 0:
-            progress.set_postfix(l1=f"{error.item():.4f}")
-    model = average
+            network.save_pretrained(f"{arguments.out}-{steps}")
+
+    model, steps = train_super_resolution(model.to(device), images, coarse, schedule, kept=kept)
 
     def psnr(backend) -> float:
         with torch.no_grad():
-            small = coarse(test)
+            small = coarse.of(test)
             error = F.mse_loss(
                 upscale(backend, small, test.shape[-1] // small.shape[-1])
                 if isinstance(backend, str)
@@ -295,7 +146,6 @@ def main() -> None:
             )
         return float(10 * torch.log10(4 / error))
 
-    model.eval()
     model.save_pretrained(arguments.out)
     given = {name: value for name, value in vars(arguments).items() if name != "out"}
     if prior is None:

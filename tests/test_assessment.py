@@ -84,7 +84,7 @@ def test_everything_is_measured_and_noise_shows_no_copying(owners):
 
 def test_the_strip_grows_to_the_image_itself(owners):
     captions = [caption for caption, _ in owners.strips]
-    assert captions == ["4 of 8 tokens", "8 of 8 tokens", "detail by the public model"]
+    assert captions == ["4 of 8 tokens", "8 of 8 tokens", "detail by super-resolution"]
     assert [images.shape[-1] for _, images in owners.strips] == [6, 6, 12]
     assert len({len(images) for _, images in owners.strips}) == 1
 

@@ -138,3 +138,25 @@ def test_a_saved_critic_chooses_the_same(tmp_path):
     public = network()
     again.train()
     assert torch.equal(again.features(images), public.features(images))
+
+
+def test_odds_give_public_images_the_private_mean():
+    """Nearly exactly without a ridge; among all odds with that mean the nearest to equal ones, so never negative."""
+    features = sets(1, 4000, seed=5)[0]
+    directions = F.normalize(features.double(), dim=1)
+    wanted = directions[:300].mean(0)
+    critic = knowing(wanted.float())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mean_critic, "PUBLIC_RIDGE", 1e-6)
+        odds = critic.odds(features)
+    assert odds.sum().item() == pytest.approx(1) and bool((odds > 0).all())
+    assert torch.allclose(odds @ directions, wanted, atol=1e-4)
+    gap = (directions.mean(0) - wanted).norm()
+    assert (critic.odds(features) @ directions - wanted).norm() < gap  # the ridge leaves some of it
+    assert critic.exponent.abs().sum() == 0  # it is for generated images
+
+
+@pytest.mark.parametrize("shape", [(1, 6), (2, 3, 6)])
+def test_odds_need_a_matrix_of_several_images(shape):
+    with pytest.raises(ValueError, match="N >= 2 images to weigh"):
+        knowing().odds(torch.randn(shape))

@@ -1,12 +1,20 @@
 """The main job with a private mean: both runs count, the pipeline chooses, a run goes on where it was."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
+from conftest import tiny_model
 from test_critic import network
-from test_examples import job, run, run_here  # noqa: F401  (job is a fixture)
+from test_examples import images, job, run, run_here  # noqa: F401  (job is a fixture)
+from test_super_resolution_training import enlarging, of_half_the_side
 from test_warm_start import of_one_budget
 
-from hf_spectral_dp import DPSpectralPipeline, MeanCritic
+from hf_spectral_dp import DPSpectralPipeline, MeanCritic, SpectralImageProcessor
 from hf_spectral_dp.privacy.ledger import read_ledger
+from hf_spectral_dp.super_resolution import SpectralSuperResolution
+
+import controls  # isort: skip  (test_examples adds its folder)
 
 
 @pytest.fixture
@@ -31,12 +39,90 @@ def test_mean_and_training_share_one_budget_and_a_run_goes_on(with_mean, tmp_pat
     assert read_ledger(out / "critic" / "training" / "privacy_ledger.jsonl")["head"] == head
 
 
+@pytest.fixture
+def with_photos(with_mean, tmp_path) -> dict:
+    """Its tokens show half the side, and public photos are weighed."""
+    of_half_the_side().with_classes(10).save_pretrained(tmp_path / "prior")
+    enlarging().save_pretrained(tmp_path / "detail")
+    (tmp_path / "photos").mkdir()
+    images(20, 2).to_parquet(tmp_path / "photos" / "train.parquet")
+    with_mean["critic"] |= {"public": str(tmp_path / "photos"), "public_source": "other noise", "public_steps": 3}
+    return with_mean
+
+
+@pytest.mark.slow
+def test_detail_learns_from_public_photos_and_the_card_says_so(with_photos, job, tmp_path):  # noqa: F811
+    with_photos["evaluation"] = job["evaluation"]
+    done = run(with_photos, tmp_path)
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "out"
+    report, _ = of_one_budget(out, charged=(1, 4))
+    roles = {entry["role"]: entry["source"] for entry in report["public_data"]}
+    assert roles["photos that a private mean weighed"] == "other noise"
+    names = [stage["name"] for stage in report["stages"]]
+    assert names[-2:] == ["learning the detail", "choosing among samples"]
+    pipe = DPSpectralPipeline.from_pretrained(out / "pipeline")
+    learned = SpectralSuperResolution.from_pretrained(out / "super_resolution").state_dict()
+    public = SpectralSuperResolution.from_pretrained(tmp_path / "detail").state_dict()
+    used = pipe.super_resolution.state_dict()
+    assert all(torch.equal(used[name], value) for name, value in learned.items())
+    assert any(not torch.equal(public[name], value) for name, value in learned.items())
+    assert run(with_photos, tmp_path, "--resume").returncode == 0
+    again = SpectralSuperResolution.from_pretrained(out / "super_resolution").state_dict()
+    assert all(torch.equal(again[name], value) for name, value in learned.items())
+
+
+def test_the_floor_has_the_public_networks_detail(with_photos, monkeypatch):
+    """Epsilon 0 would be false for a network that learned from what a private mean weighed."""
+    given = []
+
+    def drawn(pipeline, model, count, seed, batch_size):
+        given.append((pipeline.super_resolution, model))
+        return torch.zeros(2, 1, 16, 16), torch.zeros(2).long()
+
+    monkeypatch.setattr(controls, "draw_images", drawn)
+    monkeypatch.setattr(controls, "classifier_accuracy", lambda *args, **settings: 0.5)
+    monkeypatch.setattr(controls, "through_codec", lambda *args: (None, torch.zeros(2)))
+    monkeypatch.setattr(controls, "real_images", lambda *args: (None, torch.zeros(2)))
+    monkeypatch.setattr(controls, "trained_without_privacy", lambda *args: of_half_the_side().with_classes(2))
+    private, public = of_half_the_side().with_classes(2), of_half_the_side().with_classes(2)
+    detail, learned = enlarging(), enlarging()
+    processor = SpectralImageProcessor(image_size=16, num_channels=1)
+    pipeline = DPSpectralPipeline(private, processor, learned)
+    args = SimpleNamespace(output_dir="x/training", use_cpu=True, target_epsilon=1.0)
+    section = with_photos["data"]
+    controls.compare(section, section, pipeline, public, detail, None, args, (None, torch.zeros(2)))
+    assert [network is learned for network, _ in given] == [True, False, True] and given[1] == (detail, public)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"public_source": None}, r"critic has \['public', 'public_steps'\]; the photos that a private mean"),
+        ({"public": "nowhere/at/all"}, "nowhere/at/all"),
+    ],
+)
+def test_photos_that_cannot_be_read_or_named_end_the_run_before_it_spends(
+    with_photos, tmp_path, monkeypatch, change, message
+):
+    section = {name: value for name, value in {**with_photos["critic"], **change}.items() if value is not None}
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run_here({**with_photos, "critic": section}, tmp_path, monkeypatch)
+    assert not (tmp_path / "out").exists()
+
+
+def test_detail_that_no_token_needs_is_refused(with_photos, tmp_path, monkeypatch):
+    tiny_model().save_pretrained(tmp_path / "prior")
+    with pytest.raises(ValueError, match="is another, or does nothing here"):
+        run_here(with_photos, tmp_path, monkeypatch)
+
+
 @pytest.mark.parametrize(
     ("change", "sampling", "message"),
     [
         ({"target_epsilon": 8.0}, 2, "critic.target_epsilon=8.0 is a part of training.target_epsilon=8.0"),
         ({"target_epsilon": None}, 2, r"critic lacks \['target_epsilon'\]; examples/configs/faces.yaml explains"),
-        ({"public": "x"}, 2, r"critic of kind mean takes no \['public'\]"),
+        ({"share": 0.1}, 2, r"critic of kind mean takes no \['share'\]"),
         ({"kind": "typical"}, 2, "critic.kind='typical' is unknown; use one of classes, mean"),
         ({}, 1, "chooses among sampling.attempts images; give 2 or more"),
     ],

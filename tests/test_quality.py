@@ -258,7 +258,7 @@ def test_every_row_says_how_its_images_were_made(monkeypatch):
             assert (row["temperature"], row["attempts"], row["critic"]) == (1.0, quality.ATTEMPTS, False)
 
 
-def test_where_only_images_count_ours_chooses_by_the_private_mean(monkeypatch):
+def test_where_only_images_count_ours_learns_detail_and_chooses_by_the_private_mean(monkeypatch):
     """Within one budget, the twin by the exact mean; where classifiers learn it is the other critic's turn."""
     generator = torch.Generator().manual_seed(0)
 
@@ -267,6 +267,7 @@ def test_where_only_images_count_ours_chooses_by_the_private_mean(monkeypatch):
 
     tiny = replace(
         SIZES["photos"], each=6, public_steps=1, steps=1, batch=4, micro_batch=4, twin_steps=1, compared=12,
+        detail_steps=2,
     )  # fmt: skip
     monkeypatch.setattr(quality, "private_images", noise)
     monkeypatch.setattr(quality, "public_images", noise)
@@ -274,9 +275,11 @@ def test_where_only_images_count_ours_chooses_by_the_private_mean(monkeypatch):
     monkeypatch.setitem(quality.SIZES, "photos", tiny)
     monkeypatch.setattr(quality_critic, "draw_choices", partial(draw_choices, count=4))
     monkeypatch.setattr(quality_critic, "CHOICES", 2)
+    monkeypatch.setattr(quality_critic, "MENDING", replace(quality_critic.MENDING, batch_size=2))
     rows = list(quality.compare("faces", ["ours", "floor"], [8.0, math.inf], "photos", Path(), None, Folders()))
     drawn = {(row["method"], row["epsilon"]): row for row in rows if row["metric"] == "images per second"}
     for key in (("ours", 8.0), ("ours", "inf")):
-        assert (drawn[key]["critic"], drawn[key]["attempts"]) == ("MeanCritic", 2)
-    assert (drawn["floor", 0.0]["critic"], drawn["floor", 0.0]["attempts"]) == (False, 1)
+        assert (drawn[key]["critic"], drawn[key]["attempts"], drawn[key]["detail_steps"]) == ("MeanCritic", 2, 2)
+    floor = drawn["floor", 0.0]
+    assert (floor["critic"], floor["attempts"]) == (False, 1) and "detail_steps" not in floor
     assert 7.9 < drawn["ours", 8.0]["epsilon_spent"] <= 8 and drawn["ours", "inf"]["epsilon_spent"] is None

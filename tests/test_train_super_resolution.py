@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import sequences, tiny_model, wild
 from PIL import Image
 from transformers import AutoModelForImageToImage
 
@@ -17,62 +16,6 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.append(str(EXAMPLES))
 
 import train_super_resolution  # noqa: E402
-
-
-def test_the_judge_learns_to_tell_and_says_so_to_the_other_side():
-    """Noise against flat images: after some steps its own loss is small and flat images look false."""
-    torch.manual_seed(0)
-    judge = train_super_resolution.Discriminator(channels=1)
-    optimizer = torch.optim.Adam(judge.parameters(), lr=1e-3)
-    flat, beside = torch.zeros(16, 1, 32, 32), torch.zeros(16, 1, 32, 32)
-    first = judge.loss(flat, torch.randn(16, 1, 32, 32), beside).item()
-    for _ in range(30):
-        loss = judge.loss(flat, torch.randn(16, 1, 32, 32), beside)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    true = torch.randn(16, 1, 32, 32)
-    assert judge.loss(flat, true, beside).item() < first / 2
-    judge.eval()  # spectral normalisation refines its estimate in training mode
-    false, unlike = judge.of_enlarged(flat, true, beside)
-    assert float(false) > float(judge.of_enlarged(true, true, beside)[0])
-    assert float(unlike) > 0 == float(judge.of_enlarged(true, true, beside)[1])
-
-
-@pytest.mark.parametrize("side", [16, 40])
-def test_squares_are_whole_images_and_parts_of_any_sharpness(side):
-    """Of noise: the whole of a small image is itself, of a large one its averages; parts differ in sharpness."""
-    photo = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    whole = np.asarray(Image.fromarray(photo).resize((16, 16), Image.Resampling.BOX))
-    rng = np.random.default_rng(1)
-    squares = [train_super_resolution.square(Image.fromarray(photo), 16, 3, rng) for _ in range(400)]
-    same = [np.array_equal(square, whole) for square in squares]
-    assert 0.4 < np.mean(same) < 0.65
-    contrasts = [np.abs(np.diff(square.astype(float), axis=1)).mean() for square in squares]
-    assert min(contrasts) < 0.6 * max(contrasts)
-    assert {square.shape for square in squares} == {(16, 16, 3)} and squares[0].dtype == np.uint8
-
-
-def test_redrawn_details_are_the_priors_and_coarse_tokens_stay():
-    """Near temperature 0 the likeliest details given the true tokens before; at 1 as likely as the prior says."""
-    prior = wild(tiny_model(), 0.3)
-    tokens = sequences(prior, 400)[:, 1:]
-    null = tokens.new_full((len(tokens), 1), prior.config.null_token_id)
-    logits = prior(torch.cat([null, tokens[:, :-1]], 1), use_cache=False).logits.log_softmax(-1)
-    greedy = train_super_resolution.redrawn(prior, tokens, [1.0, 1e-7, 1e-7])
-    assert torch.equal(greedy[:, :4], tokens[:, :4]) and torch.equal(greedy[:, 4:], logits.argmax(-1)[:, 4:])
-    torch.manual_seed(0)
-    drawn = train_super_resolution.redrawn(prior, tokens, [1.0, 1.0, 1.0])
-    found = logits.gather(2, drawn[..., None])[:, 4:, 0].mean()
-    entropy = -(logits.exp() * logits.clamp_min(-1e4)).sum(-1)[:, 4:].mean()
-    assert abs(found + entropy) < 0.05
-
-
-@pytest.mark.parametrize("rise", [0.1, 0.3])
-def test_learning_rates_rise_and_end_at_zero(rise):
-    rates = [train_super_resolution.one_cycle(share, rise) for share in np.linspace(0, 1, 101)]
-    assert rates[0] == 0 and max(rates) == pytest.approx(1) and rates[-1] == pytest.approx(0)
-    assert np.argmax(rates) == round(100 * rise) and np.sum(np.diff(np.sign(np.diff(rates))) != 0) <= 2
 
 
 def test_a_prior_needs_its_codec(monkeypatch, capsys):

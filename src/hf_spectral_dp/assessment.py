@@ -286,7 +286,7 @@ def _with_model(pipeline: DPSpectralPipeline, model: Any) -> DPSpectralPipeline:
 
 
 def _strips(pipeline: DPSpectralPipeline, seed: int) -> list[tuple[str, Tensor]]:
-    """A few images decoded from the tokens of ever more scales, then with the detail of the public model."""
+    """A few images decoded from the tokens of ever more scales, then with the detail of super-resolution."""
     model, crop = pipeline.model, pipeline.image_processor.postprocess
     classes = model.config.num_classes
     labels = torch.arange(min(_STRIPS, classes)) if classes else None
@@ -299,7 +299,7 @@ def _strips(pipeline: DPSpectralPipeline, seed: int) -> list[tuple[str, Tensor]]
     images = model.decode(tokens)
     if pipeline.super_resolution is not None and images.shape[-1] < model.config.image_size:
         images = upscale_to(model.config.image_size, pipeline.super_resolution, images)
-        stages.append(("detail by the public model", crop(images, "pt").cpu() * 2 - 1))
+        stages.append(("detail by super-resolution", crop(images, "pt").cpu() * 2 - 1))
     return stages
 
 

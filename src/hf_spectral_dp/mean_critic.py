@@ -20,6 +20,8 @@ from .critic import Critic, CriticConfig
 
 RIDGE = 1.0
 """Penalty on the squared weights, in units in which features vary by 1: the prior of an exponent of that size."""
+PUBLIC_RIDGE = 10.0
+"""The same where public images are weighed: they are far from private ones, and few near images would count alone."""
 
 
 class MeanCritic(Critic, PreTrainedModel):  # diffusers loads components whose module knows this name
@@ -73,14 +75,33 @@ class MeanCritic(Critic, PreTrainedModel):  # diffusers loads components whose m
         """
         if features.ndim != 3 or features.shape[1] < 2:
             raise ValueError(f"features has shape {tuple(features.shape)}; give (N, M, D) with M >= 2 to choose from.")
+        self.exponent.copy_(self._exponent(features, RIDGE))
+
+    @torch.no_grad()
+    def odds(self, features: Tensor) -> Tensor:
+        """How often to take which public image, so that those taken have the private mean on average: (N,), sum 1.
+
+        The odds are exponential in the features; among all odds with that mean they are the nearest to equal ones.
+        Post-processing of the mean; `exponent`, which `fit` found, stays. If the noisy number of private images is not
+        positive, a warning says so and all odds are equal.
+
+        Args:
+            features: (N, D) of public images, N >= 2.
+        """
+        if features.ndim != 2 or len(features) < 2:
+            raise ValueError(f"features has shape {tuple(features.shape)}; give (N, D) of N >= 2 images to weigh.")
+        directions = F.normalize(features.double().cpu(), dim=1)
+        return (directions @ self._exponent(features[None], PUBLIC_RIDGE).double().cpu()).softmax(0)
+
+    def _exponent(self, features: Tensor, ridge: float) -> Tensor:
+        """Weights (D,) for which images chosen from sets of features (N, M, D) have the private mean."""
         count = self.sums.bias.item()
         if count <= 0:
-            warnings.warn(f"the noisy number of private images is {count:.3g} units; none is preferred.", stacklevel=2)
-            self.exponent.zero_()
-            return
+            warnings.warn(f"the noisy number of private images is {count:.3g} units; none is preferred.", stacklevel=3)
+            return torch.zeros_like(self.exponent)
         mean = (self.sums.weight[0] / count).double().cpu()
         mean /= mean.norm().clamp(min=1)  # no mean of directions is longer: what is above is noise
-        self.exponent.copy_(_exponent(F.normalize(features.double().cpu(), dim=2), mean))
+        return _exponent(F.normalize(features.double().cpu(), dim=2), mean, ridge)
 
     @torch.no_grad()
     def choose(
@@ -93,7 +114,7 @@ class MeanCritic(Critic, PreTrainedModel):  # diffusers loads components whose m
         return (odds - waiting.to(odds.device)).argmax(1)  # the first of competing exponential clocks
 
 
-def _exponent(drawn: Tensor, mean: Tensor) -> Tensor:
+def _exponent(drawn: Tensor, mean: Tensor, ridge: float) -> Tensor:
     """Weights (D,) for which images kept from sets `drawn` (N, M, D) have `mean` on average, up to the ridge.
 
     Their mean is the gradient of the mean over sets of logsumexp(drawn @ weights), which is convex.
@@ -106,7 +127,7 @@ def _exponent(drawn: Tensor, mean: Tensor) -> Tensor:
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        value = torch.logsumexp(points @ weights, 1).mean() - weights @ target + RIDGE / 2 * weights.square().sum()
+        value = torch.logsumexp(points @ weights, 1).mean() - weights @ target + ridge / 2 * weights.square().sum()
         value.backward()
         return value
 
@@ -115,4 +136,4 @@ def _exponent(drawn: Tensor, mean: Tensor) -> Tensor:
     return (weights.detach() / scale).float()
 
 
-__all__ = ["RIDGE", "MeanCritic"]
+__all__ = ["PUBLIC_RIDGE", "RIDGE", "MeanCritic"]
