@@ -206,6 +206,9 @@ def main() -> None:
     processor = AutoImageProcessor.from_pretrained(prior)
     network = config["model"]["super_resolution"]  # ours, Swin2SR or their kind; none where the tokens need none
     detail = AutoModelForImageToImage.from_pretrained(located(network)) if network else None
+    if getattr(getattr(detail, "config", None), "private_mean", False):
+        raise ValueError(f"model.super_resolution={network!r} learned from what a private mean weighed, and no run here"
+                         " would count what that cost; start from a public network.")  # fmt: skip
     DPSpectralPipeline(model, processor, detail, *text, **config["sampling"])
     weighs = config["critic"].get("kind") == "mean" and "public" in config["critic"]
     if weighs and (not isinstance(detail, SpectralSuperResolution) or model.config.coarse_size == processor.image_size):

@@ -115,6 +115,8 @@ def main() -> None:
     task = {"num_channels": arguments.channels, "scale": arguments.scale, "keep_average": codec is None}
     if arguments.start:
         model = SpectralSuperResolution.from_pretrained(arguments.start)
+        if model.config.private_mean:
+            parser.error(f"--start {arguments.start} learned by a private mean; start from a public network.")
         if (found := {name: getattr(model.config, name) for name in task}) != task:
             parser.error(f"--start {arguments.start} is made for {found}, the task is {task}; start from one for it.")
     else:

@@ -103,6 +103,20 @@ def test_a_critic_needs_a_card_that_counts_its_run(tmp_path):
     assert card.verify(tmp_path) == []
 
 
+def test_a_network_that_a_private_mean_shaped_needs_a_card_that_counts_the_mean(tmp_path):
+    """Also without the critic beside it: what it knows cost as much."""
+    detail = super_resolution()
+    detail.config.private_mean = True
+    pipeline(super_resolution=detail).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"says private_mean=true.*earlier_runs=\[\] counts no run of a mean"):
+        PrivacyCard(report()).save(tmp_path)
+    assert not (tmp_path / "privacy.json").exists()
+    card = PrivacyCard(report(COMPOSED)).save(tmp_path)
+    assert card.verify(tmp_path) == []
+    alone = PrivacyCard({**report(), "released": card.report["released"]})
+    assert alone.checks(tmp_path)["networks are public or counted"] != []
+
+
 def test_in_half_precision_the_critic_judges_in_full(tmp_path):
     pipeline(super_resolution=super_resolution(), critic=critic(), attempts=3).save_pretrained(tmp_path)
     half = DPSpectralPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)

@@ -62,6 +62,7 @@ def test_detail_learns_from_public_photos_and_the_card_says_so(with_photos, job,
     names = [stage["name"] for stage in report["stages"]]
     assert names[-2:] == ["learning the detail", "choosing among samples"]
     pipe = DPSpectralPipeline.from_pretrained(out / "pipeline")
+    assert pipe.super_resolution.config.private_mean
     learned = SpectralSuperResolution.from_pretrained(out / "super_resolution").state_dict()
     public = SpectralSuperResolution.from_pretrained(tmp_path / "detail").state_dict()
     used = pipe.super_resolution.state_dict()
@@ -109,6 +110,13 @@ def test_photos_that_cannot_be_read_or_named_end_the_run_before_it_spends(
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run_here({**with_photos, "critic": section}, tmp_path, monkeypatch)
     assert not (tmp_path / "out").exists()
+
+
+def test_private_training_cannot_start_from_what_another_mean_shaped(with_photos, tmp_path, monkeypatch):
+    detail = enlarging(private_mean=True)
+    detail.save_pretrained(tmp_path / "detail")
+    with pytest.raises(ValueError, match="learned from what a private mean weighed"):
+        run_here(with_photos, tmp_path, monkeypatch)
 
 
 def test_detail_that_no_token_needs_is_refused(with_photos, tmp_path, monkeypatch):

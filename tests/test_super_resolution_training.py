@@ -154,6 +154,7 @@ def test_mending_learns_from_images_of_the_private_mean_and_leaves_all_else_as_i
         assert all(torch.equal(value, kept[name]) for name, value in part.state_dict().items())
     pairs = zip(mended.parameters(), public.parameters(), strict=True)
     assert any(not torch.equal(a, b) for a, b in pairs) and not mended.training
+    assert mended.config.private_mean and not public.config.private_mean
     assert MENDING.goes_on and MENDING.adversarial > 0
 
 

@@ -27,6 +27,7 @@ from .verification import (
     event_contradictions,
     file_contradictions,
     ledger_contradictions,
+    network_contradictions,
     text_contradictions,
 )
 from .whole_files import replace_files
@@ -103,7 +104,8 @@ class PrivacyCard:
             The card as it was saved, with `released`.
 
         Raises:
-            ValueError: there are no weights in the folder, or other files than those of a pipeline.
+            ValueError: there are no weights in the folder, other files than those of a pipeline, or a super-resolution
+                network whose private mean the report does not count.
             OSError: a file cannot be read or written; the files that were there are still whole.
         """
         folder = Path(folder)
@@ -112,6 +114,8 @@ class PrivacyCard:
             raise ValueError(f"folder={str(folder)!r} holds no .safetensors file; save the pipeline there first.")
         check_own_folder(folder)
         card = PrivacyCard({**self.report, "released": released})
+        if problems := network_contradictions(card.report, folder):
+            raise ValueError(" ".join(problems))
         replace_files({folder / REPORT_NAME: card._text.encode(), folder / README_NAME: card.render().encode()})
         return card
 
@@ -163,6 +167,7 @@ class PrivacyCard:
         if folder is not None:
             folder, again = Path(folder), f"`hf-spectral-dp card` renders it from {REPORT_NAME}"
             results["files are those of the card"] = file_contradictions(report, folder)
+            results["networks are public or counted"] = network_contradictions(report, folder)
             results[f"{REPORT_NAME} is the card"] = text_contradictions(
                 REPORT_NAME, self._text, folder / REPORT_NAME, "restore it, or save the card again"
             )

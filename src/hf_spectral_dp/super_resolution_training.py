@@ -298,7 +298,8 @@ def mend_towards(
     It learns which detail the private images have, as far as public photos have it, too (of faces: skin, eyes, hair),
     and to mend what codec and model do to images. No private image is looked at: what comes out is a function of the
     critic's mean, the model, public images and random numbers, so whatever guarantee covers mean and model together
-    covers it as well. It is no public network any more, and no part of a control that stands for epsilon 0.
+    covers it as well. It is no public network any more, as its config says (`private_mean`), and no part of a control
+    that stands for epsilon 0.
 
     Args:
         critic: after its private training.
@@ -319,6 +320,7 @@ def mend_towards(
     mended, _ = train_super_resolution(
         copy.deepcopy(network), images, coarse, schedule, critic.odds(torch.cat(features))
     )
+    mended.config.private_mean = True
     return mended
 
 

@@ -5,6 +5,7 @@ training did what the record says. Figures are held against a fresh computation 
 claims more privacy than that is a contradiction, one that claims less is not.
 """
 
+import json
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -127,6 +128,20 @@ def file_contradictions(report: Mapping[str, Any], folder: Path) -> list[str]:
     return problems
 
 
+def network_contradictions(report: Mapping[str, Any], folder: Path) -> list[str]:
+    """A super-resolution network that a private mean shaped, in a folder whose card counts no run of a mean."""
+    try:
+        shaped = json.loads((folder / "super_resolution" / "config.json").read_bytes())["private_mean"]
+    except (OSError, ValueError, KeyError, TypeError):  # no such network, or none that can be loaded
+        shaped = False
+    if not shaped or report["mechanism"]["earlier_runs"]:
+        return []
+    return [
+        "super_resolution/config.json says private_mean=true, but mechanism.earlier_runs=[] counts no run of a mean;"
+        " train the model with the mean's ledger in earlier_ledgers, or take the public network."
+    ]
+
+
 def text_contradictions(name: str, expected: str, path: Path, remedy: str) -> list[str]:
     """A file against the text that it must hold, byte for byte."""
     try:
@@ -149,5 +164,6 @@ __all__ = [
     "event_contradictions",
     "file_contradictions",
     "ledger_contradictions",
+    "network_contradictions",
     "text_contradictions",
 ]
