@@ -200,7 +200,7 @@ def train_super_resolution(
 
     Args:
         network: to train. It, codec and prior are on one device.
-        images: uint8 (N, C, S, S).
+        images: uint8 (N, C, S, S), there or on the CPU.
         coarse: what it sees of them.
         schedule: how long and how fast.
         odds: (N,) on the CPU, how often each image is seen, in any unit; None: all alike.
@@ -223,7 +223,7 @@ def train_super_resolution(
     judging = torch.optim.Adam(judge.parameters(), lr=4e-4, betas=(0.5, 0.99)) if judge else None
     average = copy.deepcopy(network) if judge else network
     source = _batches(images, odds, schedule.batch_size, schedule.seed)
-    progress = tqdm(itertools.count(), "training", total=None if schedule.minutes else schedule.steps)
+    progress = tqdm(itertools.count(), "super-resolution", total=None if schedule.minutes else schedule.steps)
     began, steps = time.monotonic(), 0
     for step in progress:
         passed = (time.monotonic() - began) / 60
@@ -233,7 +233,7 @@ def train_super_resolution(
         steps = step + 1
         for group in optimizer.param_groups:
             group["lr"] = schedule.learning_rate * one_cycle(share, 0.1 if schedule.goes_on else 0.3)
-        small, target = coarse.at(step, next(source).contiguous(memory_format=torch.channels_last))
+        small, target = coarse.at(step, next(source).to(device, memory_format=torch.channels_last))
         side = target.shape[-1]
         with torch.autocast(device.type, torch.bfloat16, enabled=schedule.bf16):
             with torch.set_grad_enabled(share >= learns_from):
@@ -315,7 +315,7 @@ def mend_towards(
     device = model.device
     features = [critic.features(some.to(device).float() / 127.5 - 1).cpu() for some in images.split(500)]
     scales = len(model.config.layout.scales)
-    each = [temperature] * scales if isinstance(temperature, float) else temperature
+    each = temperature if isinstance(temperature, Sequence) else [temperature] * scales
     coarse = Coarse(network.config.scale, model.codec, model.eval(), each)
     mended, _ = train_super_resolution(
         copy.deepcopy(network), images, coarse, schedule, critic.odds(torch.cat(features))
