@@ -43,6 +43,7 @@ ORDER = [
     "metrics",
     "critic",
     "mean_critic",
+    "super_resolution_training",
     "feature_rows",
     "self_audit",
     "card",

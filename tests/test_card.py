@@ -166,7 +166,7 @@ def test_a_true_card_is_not_contradicted(tmp_path, plan):
     assert card.report == {**report(plan), "released": card.report["released"]}
     names = [entry["path"] for entry in card.report["released"]]
     assert names == ["model/config.json", "model/model.safetensors", "model_index.json"]
-    assert len(card.checks(folder)) == 6
+    assert len(card.checks(folder)) == 7
 
 
 # That a thousand random edits are all found: test_verification.py.
