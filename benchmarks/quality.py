@@ -252,9 +252,9 @@ def sources(
                         )
                         ledgers = [ledger]
                     cost = train_privately(generator, rows, epsilon, DELTA, earlier_ledgers=ledgers, **settings)
-            if shown is not None and size.detail_steps:
-                cost = mend(mean, generator, cost, public[0], size.detail_steps)
             if shown is not None:
+                if size.detail_steps:
+                    cost = mend(mean, generator, cost, public[0], size.detail_steps)
                 cost = choose_by(mean, generator, cost, len(private[0]))
             yield method, epsilon, generator, prepared, cost
 

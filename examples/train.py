@@ -103,17 +103,18 @@ def read_config(path: str) -> dict[str, Any]:
             raise ValueError(f"{path}: critic lacks {sorted(missing)}; examples/configs/{example} explains them.")
         if kind == "classes" and not config["data"].get("label_column"):
             raise ValueError(f"{path}: a critic tells classes apart, and data.label_column names none.")
-        if kind == "mean" and (unused := set(critic) - {"kind", "target_epsilon", "network", *PUBLIC}):
-            raise ValueError(f"{path}: critic of kind mean takes no {sorted(unused)}; leave them out.")
-        if kind == "mean" and (given := set(critic) & set(PUBLIC)) and not set(PUBLIC[:2]) <= given:
-            raise ValueError(f"{path}: critic has {sorted(given)}; the photos that a private mean weighs need both of"
-                             f" {', '.join(PUBLIC[:2])}.")  # fmt: skip
-        if kind == "mean" and config["sampling"].get("attempts", 1) < 2:
-            raise ValueError(f"{path}: a critic of kind mean chooses among sampling.attempts images; give 2 or more, 8"
-                             " are usual.")  # fmt: skip
-        if kind == "mean" and textual:
-            raise ValueError(f"{path}: a critic of kind mean would draw all prompts towards one mean; leave it out for"
-                             " a model with text.")  # fmt: skip
+        if kind == "mean":
+            if unused := set(critic) - {"kind", "target_epsilon", "network", *PUBLIC}:
+                raise ValueError(f"{path}: critic of kind mean takes no {sorted(unused)}; leave them out.")
+            if (given := set(critic) & set(PUBLIC)) and not set(PUBLIC[:2]) <= given:
+                raise ValueError(f"{path}: critic has {sorted(given)}; the photos that a private mean weighs need both"
+                                 f" of {', '.join(PUBLIC[:2])}.")  # fmt: skip
+            if config["sampling"].get("attempts", 1) < 2:
+                raise ValueError(f"{path}: a critic of kind mean chooses among sampling.attempts images; give 2 or"
+                                 " more, 8 are usual.")  # fmt: skip
+            if textual:
+                raise ValueError(f"{path}: a critic of kind mean would draw all prompts towards one mean; leave it out"
+                                 " for a model with text.")  # fmt: skip
         if (sampling := config["training"].get("sampling", "poisson")) != "poisson":
             raise ValueError(f"{path}: the critic's batches are those of sampling='poisson', and training.sampling="
                              f"{sampling!r} is accounted under another relation; use poisson for both.")  # fmt: skip
@@ -257,7 +258,6 @@ def main() -> None:
         section = config["evaluation"]
         looks.append(f"The figures under Quality: measured on images of {section['source']}, {section['split']}.")
     models, photos = config["model"], critic.get("public_source")
-    verb = "mean weighed" if weighs else "critic chose"
     if weighs:
         run["stages"].append({"name": "learning the detail", "private": False, "note": MENDED})
     elif photos:
@@ -277,7 +277,8 @@ def main() -> None:
             {"role": "codec and prior", "source": models["prior_source"]},
             {"role": "super-resolution", "source": models["super_resolution_source"]},
             *encoder,
-            *([{"role": f"photos that a private {verb}", "source": photos}] if photos else []),
+            *([{"role": "photos that a private " + ("mean weighed" if weighs else "critic chose"), "source": photos}]
+              if photos else []),
         ],
         "hyperparameter_tuning": {
             "statement": about["hyperparameter_tuning"],

@@ -73,7 +73,7 @@ def test_detail_learns_from_public_photos_and_the_card_says_so(with_photos, job,
     assert all(torch.equal(again[name], value) for name, value in learned.items())
 
 
-def test_the_floor_has_the_public_networks_detail(with_photos, monkeypatch):
+def test_the_floor_has_the_public_networks_detail(with_photos, tmp_path, monkeypatch):
     """Epsilon 0 would be false for a network that learned from what a private mean weighed."""
     given = []
 
@@ -90,7 +90,7 @@ def test_the_floor_has_the_public_networks_detail(with_photos, monkeypatch):
     detail, learned = enlarging(), enlarging()
     processor = SpectralImageProcessor(image_size=16, num_channels=1)
     pipeline = DPSpectralPipeline(private, processor, learned)
-    args = SimpleNamespace(output_dir="x/training", use_cpu=True, target_epsilon=1.0)
+    args = SimpleNamespace(output_dir=str(tmp_path / "training"), use_cpu=True, target_epsilon=1.0)
     section = with_photos["data"]
     controls.compare(section, section, pipeline, public, detail, None, args, (None, torch.zeros(2)))
     assert [network is learned for network, _ in given] == [True, False, True] and given[1] == (detail, public)

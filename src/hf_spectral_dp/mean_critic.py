@@ -75,7 +75,7 @@ class MeanCritic(Critic, PreTrainedModel):  # diffusers loads components whose m
         """
         if features.ndim != 3 or features.shape[1] < 2:
             raise ValueError(f"features has shape {tuple(features.shape)}; give (N, M, D) with M >= 2 to choose from.")
-        self.exponent.copy_(self._exponent(features, RIDGE))
+        self.exponent.copy_(self._exponent_for(features, RIDGE))
 
     @torch.no_grad()
     def odds(self, features: Tensor) -> Tensor:
@@ -91,9 +91,9 @@ class MeanCritic(Critic, PreTrainedModel):  # diffusers loads components whose m
         if features.ndim != 2 or len(features) < 2:
             raise ValueError(f"features has shape {tuple(features.shape)}; give (N, D) of N >= 2 images to weigh.")
         directions = F.normalize(features.double().cpu(), dim=1)
-        return (directions @ self._exponent(features[None], PUBLIC_RIDGE).double().cpu()).softmax(0)
+        return (directions @ self._exponent_for(features[None], PUBLIC_RIDGE).double().cpu()).softmax(0)
 
-    def _exponent(self, features: Tensor, ridge: float) -> Tensor:
+    def _exponent_for(self, features: Tensor, ridge: float) -> Tensor:
         """Weights (D,) for which images chosen from sets of features (N, M, D) have the private mean."""
         count = self.sums.bias.item()
         if count <= 0:
