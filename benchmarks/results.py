@@ -53,6 +53,13 @@ def pivoted(rows: Sequence[Mapping[str, Any]], names: tuple[str, ...], across: s
     return table(list(lines.values()))
 
 
+def pictures(path: Path) -> list[Path]:
+    """Those beside a JSON file whose names go on from its own, and not from a longer one's."""
+    stems = [report.stem for report in path.parent.glob("*.json")]
+    found = sorted(path.parent.glob(f"{path.stem}*.png"))
+    return [picture for picture in found if max(filter(picture.stem.startswith, stems), key=len) == path.stem]
+
+
 def section(path: Path) -> str:
     """The section of one JSON file."""
     report = json.loads(path.read_text(encoding="utf-8"))
@@ -76,7 +83,7 @@ def section(path: Path) -> str:
         lines += [f"The {len(shown)} of {len(rows)} rows that judge; the others are in the source.", table(shown)]
     else:
         lines.append(table(rows))
-    lines += [f"![{picture.stem}](results/{picture.name})" for picture in sorted(RESULTS.glob(f"{path.stem}*.png"))]
+    lines += [f"![{picture.stem}](results/{picture.name})" for picture in pictures(path)]
     return "\n\n".join(lines)
 
 

@@ -10,6 +10,13 @@ def test_results_are_rendered_from_their_sources():
     assert written == results.render(), "run python -m benchmarks.results"
 
 
+def test_a_picture_stands_beside_the_figures_of_its_own_run(tmp_path):
+    for name in ("a.json", "a_gpu.json", "a_ours.png", "a_gpu_ours.png", "b.png"):
+        (tmp_path / name).write_bytes(b"")
+    found = {name: [picture.name for picture in results.pictures(tmp_path / f"{name}.json")] for name in ("a", "a_gpu")}
+    assert found == {"a": ["a_ours.png"], "a_gpu": ["a_gpu_ours.png"]}
+
+
 def test_a_figure_by_hand(tmp_path, monkeypatch):
     case = {"d": 256, "T": 16, "tied": False, "adapter": "none"}
     rows = [
