@@ -100,7 +100,7 @@ def upscaler(network: Any, size: int, compared_at: int, coarse: Tensor) -> Tenso
     """Coarse images at the full size: by `network` as often as it takes, or bicubically if there is none.
 
     They come out at `compared_at`: by averages where that is less, bicubically where it is more. The bundled network
-    saw no larger images than its `size`, and on its own output it puts grain upon grain; docs/design.md has figures.
+    saw no larger images than its `size`; docs/experiments.md says what its doubling once more would cost.
     """
     with torch.no_grad():
         detailed = upscale_to(size, "bicubic" if network is None else network, coarse)
