@@ -7,7 +7,6 @@ from benchmarks.quality_critic import (
     CHOICES,
     MEAN_SHARE,
     choose_by,
-    critic_settings,
     features,
     learn_classes,
     mean_rows,
@@ -44,11 +43,6 @@ def test_critic_and_training_share_one_budget(generator, tmp_path):
     settings = {"max_steps": 3, "expected_batch_size": 10, "micro_batch_size": 10}
     own = train_privately(generator, rows, 8.0, 1e-5, **settings, earlier_ledgers=[ledger])
     assert 7.9 < own.epsilon <= 8
-
-
-@pytest.mark.parametrize("epsilon", [1.0, 10.0])
-def test_the_critic_takes_the_smaller_part(epsilon):
-    assert 0 < critic_settings(epsilon)[0] < 0.5 * epsilon
 
 
 def test_photos_have_no_class_and_are_seen_through_the_tokens(generator):

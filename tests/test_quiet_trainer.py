@@ -12,9 +12,9 @@ from test_trainer import Rows, arguments
 from transformers import TrainerCallback
 
 from hf_spectral_dp import DPSpectralPipeline, DPTrainer, PrivacyCard, SpectralImageProcessor
+from hf_spectral_dp.codec import codec_fingerprint
 from hf_spectral_dp.privacy.ledger import LedgerError
 from hf_spectral_dp.quiet_trainer import PUBLIC_LOGS, UNPROTECTED_LOSS
-from hf_spectral_dp.token_store import codec_fingerprint
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 1}
 

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from hf_spectral_dp.whole_files import replace_files
+from hf_spectral_dp.whole_files import new_folder, replace_files
 
 
 @pytest.mark.parametrize("failing", [1, 2])
@@ -30,3 +30,23 @@ def test_what_a_killed_process_left_is_overwritten(tmp_path):
     (tmp_path / ".3-a").write_bytes(b"half")
     replace_files({tmp_path / "a": b"whole"}, mark="3")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"whole"}
+
+
+def test_a_folder_is_there_only_when_all_its_files_are(tmp_path):
+    folder = tmp_path / "model"
+
+    def killed(scratch):
+        (scratch / "config.json").write_bytes(b"{}")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        new_folder(folder, killed)
+    assert not folder.exists()
+
+    def written(scratch):
+        (scratch / "part").mkdir()
+        (scratch / "part" / "weights").write_bytes(b"all")
+
+    new_folder(folder, written)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*"))] == ["part", "part/weights"]

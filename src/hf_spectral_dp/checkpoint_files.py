@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .whole_files import sync
+
 logger = logging.getLogger(__name__)
 
 STATE = "privacy_state.json"
@@ -68,7 +70,7 @@ def publish(staged: Path, target: Path, *, ledger_head: str, charged: int) -> No
         file.flush()
         os.fsync(file.fileno())
     for folder in (*(path for path in staged.rglob("*") if path.is_dir()), staged):
-        _sync_folder(folder)
+        sync(folder)
     # A run resumed from an earlier checkpoint may come by the same step again. Were it killed between these two
     # renames, that earlier checkpoint, whole and with a smaller number, would still be in place.
     replaced = staged.with_name("replaced")
@@ -80,7 +82,7 @@ def publish(staged: Path, target: Path, *, ledger_head: str, charged: int) -> No
         if replaced.exists():
             replaced.rename(target)
         raise
-    _sync_folder(target.parent)
+    sync(target.parent)
 
 
 def verify(checkpoint: Path) -> dict[str, Any]:
@@ -214,14 +216,6 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
     if state["format"] != _FORMAT:
         raise CheckpointError(f"{checkpoint} has format {state['format']}, not {_FORMAT}: another version wrote it")
     return state
-
-
-def _sync_folder(path: Path) -> None:
-    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 __all__ = ["STATE", "CheckpointError", "clear_staging", "newest_whole", "publish", "rotate", "staging", "verify"]

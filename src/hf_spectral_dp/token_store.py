@@ -29,11 +29,11 @@ from tqdm.auto import tqdm
 from .captions import Captions, CaptionWriter, captions_of
 from .codec import codec_fingerprint
 from .image_rows import Example, batches_of, examples_of, kept_of, total_of
-from .image_sources import load_images
 from .privacy.noise import system_generator
 from .privacy.units import FirstRows
 from .text_encoder import check_text_encoder
 from .views import Views
+from .whole_files import sync
 
 logger = logging.getLogger(__name__)
 
@@ -429,7 +429,7 @@ def _encode(pixels: Any, model: Any) -> np.ndarray:
 def _publish(scratch: Path, folder: Path) -> None:
     """Makes the complete store appear under its name, durably and at once."""
     for path in (*scratch.iterdir(), scratch):
-        _sync(path)
+        sync(path)
     if folder.exists():
         retired = scratch.with_name(scratch.name + "-old")
         os.replace(folder, retired)
@@ -437,15 +437,7 @@ def _publish(scratch: Path, folder: Path) -> None:
         shutil.rmtree(retired, ignore_errors=True)
     else:
         os.replace(scratch, folder)
-    _sync(folder.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(folder.parent)
 
 
 def _rows(chunk: Any, views: int, row_length: int) -> np.ndarray:
@@ -453,4 +445,4 @@ def _rows(chunk: Any, views: int, row_length: int) -> np.ndarray:
     return chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, views, row_length)
 
 
-__all__ = ["TokenStore", "build_token_store", "codec_fingerprint", "load_images"]
+__all__ = ["TokenStore", "build_token_store"]

@@ -1,8 +1,10 @@
-"""Files that are whole or as they were: written beside their place, flushed to disk, then renamed."""
+"""Files and folders that are whole or as they were: written beside their place, flushed to disk, then renamed."""
 
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 
 def replace_files(contents: Mapping[Path, bytes], mark: str | None = None) -> None:
@@ -30,4 +32,30 @@ def replace_files(contents: Mapping[Path, bytes], mark: str | None = None) -> No
             temporary[path].unlink(missing_ok=True)
 
 
-__all__ = ["replace_files"]
+def new_folder(folder: Path, write: Callable[[Path], Any]) -> None:
+    """Makes a folder that is there only when all its files are, and then outlives a power failure.
+
+    Args:
+        folder: is not there yet. What a killed process left beside it is written anew.
+        write: fills the empty folder that it is given, such as `model.save_pretrained`.
+    """
+    scratch = folder.with_name(f".{folder.name}")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    write(scratch)
+    for path in (*scratch.rglob("*"), scratch):
+        sync(path)
+    scratch.rename(folder)
+    sync(folder.parent)
+
+
+def sync(path: Path) -> None:
+    """Brings a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+__all__ = ["new_folder", "replace_files", "sync"]

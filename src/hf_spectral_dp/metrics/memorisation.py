@@ -59,11 +59,6 @@ class Neighbours:
     training: int
     heldout: int
 
-    @property
-    def in_training(self) -> Tensor:
-        """(G,) bool: is the nearest one a training image?"""
-        return self.index < self.training
-
 
 def nearest_neighbours(generated: Tensor, training: Iterable[Tensor], heldout: Iterable[Tensor]) -> Neighbours:
     """Euclidean nearest neighbours among training and held-out images, which are read once, chunk by chunk.

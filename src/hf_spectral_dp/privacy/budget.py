@@ -9,7 +9,6 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -29,11 +28,6 @@ SAMPLING = {"poisson": "add-or-remove-one", "truncated_poisson": "zero-out-one",
 
 _GRID = 1e-4  # on which privacy losses are rounded up: dp-accounting's default, so that strangers find the same figures
 _DIGITS = 4  # of a displayed epsilon and of a noise multiplier, always rounded to the safe side
-
-
-def accountant_version() -> str:
-    """Name and version of the library that computes every epsilon."""
-    return f"dp-accounting {metadata.version('dp-accounting')}"
 
 
 def round_up(value: float) -> float:
@@ -429,7 +423,6 @@ __all__ = [
     "PrivacyBudget",
     "PrivacyPlan",
     "SAMPLING",
-    "accountant_version",
     "default_delta",
     "epsilon_of",
     "event_from_dict",
