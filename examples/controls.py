@@ -34,8 +34,10 @@ def real_images(section: dict[str, Any], processor: Any) -> Labelled:
     Raises:
         ValueError: a column that is missing, a label that is no integer from 0, or no image that can be read.
     """
+    where = {name: section[name] for name in ("config_name", "revision") if name in section}
     found = read_real_images(
-        load_images(section["source"], section["split"]), processor, f"{section['source']}, split {section['split']}",
+        load_images(section["source"], section["split"], **where), processor,
+        f"{section['source']}, split {section['split']}",
         image_column=section.get("image_column", "image"), label_column=section.get("label_column", "label"),
         limit=None,
     )  # fmt: skip
@@ -89,6 +91,7 @@ def compare(
     """
     each = section.get("images_per_class", 1000)
     test_images, test_labels = test
+    columns = {name: section[name] for name in ("image_column", "label_column") if name in section}
     sampling = {name: pipeline.config[name] for name in SAMPLING_VALUES}
     floor = DPSpectralPipeline(pipeline.model, pipeline.image_processor, detail, critic=pipeline.critic, **sampling)
 
@@ -106,7 +109,7 @@ def compare(
     private: dict[str, Callable[[], Labelled]] = {
         "twin: images of a model trained without privacy": twin,
         "ceiling: real training images through the codec": lambda: through_codec(pipeline, store),
-        "real training images": lambda: real_images({**section, **data}, pipeline.image_processor),
+        "real training images": lambda: real_images({**columns, **data}, pipeline.image_processor),
     }
     name = f"{section['source']}, split {section['split']}"
     print(f"accuracy on {len(test_labels)} real test images ({name}) of a classifier trained on", flush=True)

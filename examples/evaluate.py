@@ -37,6 +37,7 @@ from hf_spectral_dp.metrics.features import load_extractor
 from hf_spectral_dp.real_images import RealImages, read_real_images
 from hf_spectral_dp.released_files import README_NAME, REPORT_NAME
 from hf_spectral_dp.report import write_report
+from hf_spectral_dp.verification import private_runs
 
 
 def parsed() -> argparse.Namespace:
@@ -102,6 +103,8 @@ def evaluate(args: argparse.Namespace) -> None:
     card = None if args.public_model else PrivacyCard.load(folder)
     if card is None and carded:
         raise ValueError(f"{folder} has a privacy card, so it is no public model; leave out --public_model.")
+    if card is None and (runs := private_runs(Path(folder))):
+        raise ValueError(f"{folder} holds parts of private runs ({', '.join(runs)}), so it is no public model.")
     if card is None and (args.update_card or args.training):
         raise ValueError("--update_card and --training are for models of private images; leave out --public_model.")
     # What the page and a new card say of these weights, the old card must say with truth.

@@ -7,7 +7,8 @@ photos in the section the super-resolution network first goes on learning from t
 private mean, which is post-processing, too (`hf_spectral_dp.super_resolution_training`). Writes to the output folder,
 beside train.py's:
 
-    critic/             the critic, which the pipeline saves again, and its ledger in critic/training: keep that private
+    critic/             the critic, which the pipeline saves again
+    critic_training/    its ledger: keep that private
     super_resolution/   the network after it learned, which the pipeline saves again
 """
 
@@ -17,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from critics import trained
 from PIL import Image
 from torch import Tensor
-from warm_start import trained
 
 from hf_spectral_dp import DPSpectralPipeline, DPTrainingArguments, MeanCritic
 from hf_spectral_dp.feature_rows import ImageFeatureRows, draw_choices
@@ -30,6 +31,7 @@ from hf_spectral_dp.super_resolution import SpectralSuperResolution, upscale_to
 from hf_spectral_dp.super_resolution_training import MENDING, mend_towards, public_squares
 from hf_spectral_dp.token_store import TokenStore
 from hf_spectral_dp.trainer import LEDGER
+from hf_spectral_dp.whole_files import new_folder
 
 
 def mean_of(
@@ -53,8 +55,8 @@ def mean_of(
         output: the run's folder.
     """  # fmt: skip
     folder = output / "critic"
-    ledger = str(folder / "training" / LEDGER)
-    if (folder / "config.json").exists():
+    ledger = str(output / "critic_training" / LEDGER)
+    if folder.exists():
         return MeanCritic.from_pretrained(folder), ledger
     critic = MeanCritic.on(PublicFeatures(section.get("network", CHECKPOINT)).network)
     columns = {name: column for name, column in columns.items() if name != "label_column"}
@@ -85,7 +87,7 @@ def mended(
         args: of the private training. output: the run's folder.
     """
     folder = output / "super_resolution"
-    if (folder / "config.json").exists():
+    if folder.exists():
         return SpectralSuperResolution.from_pretrained(folder)
     images = public_squares(public_photos(section), model.config.image_size, model.config.num_channels, args.seed)
     schedule = replace(MENDING, steps=section.get("public_steps", MENDING.steps), bf16=args.bf16, seed=args.seed)
@@ -93,7 +95,7 @@ def mended(
     learned = mend_towards(*parts, images, temperature, schedule).cpu()
     for part in parts:
         part.cpu()
-    learned.save_pretrained(folder)
+    new_folder(folder, learned.save_pretrained)
     return learned
 
 

@@ -19,113 +19,33 @@ beside its controls. All sections and fields are explained in examples/configs/d
 
 import argparse
 import copy
-import importlib.resources
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import PartialState
 from controls import compare, real_images
+from critics import check_training, private_arguments
+from job_config import located, read_config
 from private_mean import learn_to_choose, mean_of, mended, public_photos
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageToImage
-from warm_start import NOTE, private_arguments, taught
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from warm_start import NOTE, taught
 
 from hf_spectral_dp import DPSpectralPipeline, DPTrainer, DPTrainingArguments, PrivacyCard
 from hf_spectral_dp.generation import image_grid
 from hf_spectral_dp.image_sources import load_images
-from hf_spectral_dp.pipeline_spectral import SAMPLING_VALUES
 from hf_spectral_dp.super_resolution import SpectralSuperResolution
 from hf_spectral_dp.text_encoder import load_text_encoder
 from hf_spectral_dp.token_store import TokenStore, build_token_store
+from hf_spectral_dp.trainer import LEDGER
 from hf_spectral_dp.views import Views
 
-COLUMNS = {"source", "split", "image_column", "label_column"}
-FIELDS = {
-    "data": COLUMNS
-    | {"config_name", "revision", "num_examples", "description", "unit_column", "max_rows_per_unit", "views"}
-    | {"caption_column", "caption_files"},
-    "model": {"prior", "prior_source", "super_resolution", "super_resolution_source", "num_classes"}
-    | {"text_encoder", "text_encoder_source", "max_text_tokens"},
-    "critic": {"kind", "target_epsilon", "public", "public_split", "public_source", "network", "share", "max_steps"}
-    | {"learning_rate", "public_steps"},
-    "training": set(DPTrainingArguments.__dataclass_fields__) - {"output_dir"},
-    "sampling": set(SAMPLING_VALUES),
-    "card": {"license", "hyperparameter_tuning", "tuning_data", "outside_guarantee", "prompts", "contact"},
-    "evaluation": COLUMNS | {"images_per_class", "twin_epochs", "classifier_steps"},
-}
-REQUIRED = {
-    "data": {"source", "split", "description"},
-    "model": {"prior", "prior_source", "super_resolution", "super_resolution_source"},
-    "training": {"target_epsilon"},
-    "card": {"hyperparameter_tuning", "tuning_data"},
-}
-TEXT = ("data.caption_column", "model.text_encoder", "model.text_encoder_source", "card.prompts")
-CRITICS = {  # by kind: fields that it needs, and the config that explains them
-    "classes": ({"target_epsilon", "public", "public_source"}, "cifar10.yaml"),
-    "mean": ({"target_epsilon"}, "faces.yaml"),
-}
-PUBLIC = ("public", "public_source", "public_split", "public_steps")
 MENDED = "super-resolution went on from public photos, weighed so that their features have the private mean"
 DRAWN = {
     "classes": "the critic keeps the one that shows its class likeliest",
     "mean": "the critic keeps one, at odds for which images kept have the private mean of public features",
 }
-
-
-def read_config(path: str) -> dict[str, Any]:
-    """The YAML file; unknown and missing sections and fields are refused by name."""
-    config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    if unknown := set(config) - set(FIELDS) - {"output"}:
-        raise ValueError(f"{path}: unknown sections {sorted(unknown)}; the known ones are output, {', '.join(FIELDS)}.")
-    for section, fields in FIELDS.items():
-        given = set(config.setdefault(section, {}))
-        if unknown := given - fields:
-            raise ValueError(f"{path}: {section} has unknown fields {sorted(unknown)}; it knows {sorted(fields)}.")
-        if missing := REQUIRED.get(section, set()) - given:
-            raise ValueError(f"{path}: {section} lacks {sorted(missing)}; examples/configs/demo.yaml explains them.")
-    texts = ("data.description", "model.prior_source", "model.super_resolution_source", "card.hyperparameter_tuning")
-    if empty := [name for name in texts if not str(config[name.split(".")[0]][name.split(".")[1]] or "").strip()]:
-        raise ValueError(f"{path}: {', '.join(empty)} must say something: the card will hold it, and a card without it"
-                         " is refused.")  # fmt: skip
-    missing = [name for name in TEXT if not config[name.split(".")[0]].get(name.split(".")[1])]
-    textual = not missing
-    if missing and missing != list(TEXT):
-        raise ValueError(f"{path} lacks {', '.join(missing)}; a model with text needs all of {', '.join(TEXT)}.")
-    if textual and config["evaluation"]:
-        raise ValueError(f"{path}: evaluation trains classifiers on class labels, which a model with text has none of.")
-    if critic := config["critic"]:
-        kind = critic.setdefault("kind", "classes")
-        if kind not in CRITICS:
-            raise ValueError(f"{path}: critic.kind={kind!r} is unknown; use one of {', '.join(CRITICS)}.")
-        needed, example = CRITICS[kind]
-        if missing := needed - set(critic):
-            raise ValueError(f"{path}: critic lacks {sorted(missing)}; examples/configs/{example} explains them.")
-        if kind == "classes" and not config["data"].get("label_column"):
-            raise ValueError(f"{path}: a critic tells classes apart, and data.label_column names none.")
-        if kind == "mean":
-            if unused := set(critic) - {"kind", "target_epsilon", "network", *PUBLIC}:
-                raise ValueError(f"{path}: critic of kind mean takes no {sorted(unused)}; leave them out.")
-            if (given := set(critic) & set(PUBLIC)) and not set(PUBLIC[:2]) <= given:
-                raise ValueError(f"{path}: critic has {sorted(given)}; the photos that a private mean weighs need both"
-                                 f" of {', '.join(PUBLIC[:2])}.")  # fmt: skip
-            if config["sampling"].get("attempts", 1) < 2:
-                raise ValueError(f"{path}: a critic of kind mean chooses among sampling.attempts images; give 2 or"
-                                 " more, 8 are usual.")  # fmt: skip
-            if textual:
-                raise ValueError(f"{path}: a critic of kind mean would draw all prompts towards one mean; leave it out"
-                                 " for a model with text.")  # fmt: skip
-        if (sampling := config["training"].get("sampling", "poisson")) != "poisson":
-            raise ValueError(f"{path}: the critic's batches are those of sampling='poisson', and training.sampling="
-                             f"{sampling!r} is accounted under another relation; use poisson for both.")  # fmt: skip
-    return config
-
-
-def located(name: str) -> str:
-    """Where a model lies: "bundled:<name>" is a checkpoint inside the package; all else is a folder or a Hub id."""
-    if not name.startswith("bundled:"):
-        return name
-    return str(importlib.resources.files("hf_spectral_dp") / "checkpoints" / name.removeprefix("bundled:"))
 
 
 def private_images(data: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -151,6 +71,11 @@ def tokenise(
     if store.captions is not None:
         store.captions.check_encoder(*text)
     return store
+
+
+def begun(folder: Path) -> bool:
+    """Whether the private training that writes there was ever charged, as far as its folder can tell."""
+    return (folder / LEDGER).exists() or any(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
 
 
 def main() -> None:
@@ -188,6 +113,11 @@ def main() -> None:
     text, textual = (None, None), {}
     if config["model"].get("text_encoder"):
         text = load_text_encoder(located(config["model"]["text_encoder"]))
+        known = getattr(AutoConfig.from_pretrained(prior), "text_width", 0)
+        if known not in (0, text[0].config.hidden_size):
+            raise ValueError(f"model.prior={prior!r} was made for text of width {known}, model.text_encoder="
+                             f"{config['model']['text_encoder']!r} has {text[0].config.hidden_size}; take the encoder"
+                             " that the prior was pretrained with.")  # fmt: skip
         textual = {"text_width": text[0].config.hidden_size}  # a prior without text gets new weights for it
         if "max_text_tokens" in config["model"]:
             textual["max_text_tokens"] = config["model"]["max_text_tokens"]
@@ -207,10 +137,20 @@ def main() -> None:
     processor = AutoImageProcessor.from_pretrained(prior)
     network = config["model"]["super_resolution"]  # ours, Swin2SR or their kind; none where the tokens need none
     detail = AutoModelForImageToImage.from_pretrained(located(network)) if network else None
-    if getattr(getattr(detail, "config", None), "private_mean", False):
-        raise ValueError(f"model.super_resolution={network!r} learned from what a private mean weighed, and no run here"
-                         " would count what that cost; start from a public network.")  # fmt: skip
+    counted = {run["ledger_head"] for run in args.earlier_runs()}
+    for name, part in (("prior", model), ("super_resolution", detail)):
+        if run := getattr(getattr(part, "config", None), "private_run", None):
+            if run not in counted:
+                raise ValueError(f"model.{name}={config['model'][name]!r} came out of the private run {run[:12]!r}, and"
+                                 " nothing here would count it; name its ledger in training.earlier_ledgers, or start"
+                                 " from public weights.")  # fmt: skip
     DPSpectralPipeline(model, processor, detail, *text, **config["sampling"])
+    sampling = {name: value for name, value in config["sampling"].items() if name in ("temperature", "top_k", "top_p")}
+    model.sample(num_samples=1, num_tokens=0, **sampling)
+    if config["evaluation"] and PartialState().num_processes > 1:
+        raise ValueError(f"evaluation trains its controls in one process, and this is one of"
+                         f" {PartialState().num_processes}; take the section out, and run examples/evaluate.py on what"
+                         " was trained.")  # fmt: skip
     weighs = config["critic"].get("kind") == "mean" and "public" in config["critic"]
     if weighs and (not isinstance(detail, SpectralSuperResolution) or model.config.coarse_size == processor.image_size):
         raise ValueError(f"critic.public teaches detail to a SpectralSuperResolution that enlarges what tokens show;"
@@ -219,18 +159,26 @@ def main() -> None:
         raise ValueError(f"critic.public={config['critic']['public']!r} holds no image that can be read.")
 
     # 2. Images to tokens, tokens to a private model. Test images that cannot be used end the run before it spends.
+    goes_on = begun(output / "training")  # asked before any process can begin it
     store = tokenise(config, model, processor, text, views, output / "tokens")
-    evaluated = config["evaluation"] if PartialState().is_main_process else None
-    test = real_images(evaluated, processor) if evaluated else None
+    test = real_images(config["evaluation"], processor) if config["evaluation"] else None
+    if test and bool((store[range(len(store))]["input_ids"][:, 0] == model.config.null_token_id).any()):
+        raise ValueError("evaluation trains classifiers on the training images, too, and some have no label; give each"
+                         " one, or take the section out.")  # fmt: skip
     public, judge = copy.deepcopy(model) if test else None, None
     if critic := config["critic"]:
+        if goes_on and not (output / "critic").exists():
+            raise ValueError(f"{str(output / 'training')!r} was begun without the critic that the config asks for; take"
+                             " the section out, or begin again in another folder.")  # fmt: skip
+        if not goes_on:
+            check_training(critic, model, store, args, output)
         if critic["kind"] == "mean":
             judge, ledger = mean_of(critic, *private_images(data), processor, store, args, output)
         else:
             model, judge, ledger = taught(critic, model, processor, detail, store, args, output)
-        args.earlier_ledgers = [ledger]
+        args.earlier_ledgers = [*(args.earlier_ledgers or ()), ledger]
     trainer = DPTrainer(model, args, store)
-    trainer.train(resume_from_checkpoint=arguments.resume or None)
+    trainer.train(resume_from_checkpoint=goes_on or None)
     if not trainer.is_world_process_zero():
         return
 
@@ -251,17 +199,14 @@ def main() -> None:
     image_grid(images, columns=model.config.num_classes or 8).save(folder / "samples.png")
 
     # 4. The card, from the run itself.
-    evaluation = compare(config["evaluation"], data, pipeline, public, detail, store, args, test) if test else []
     run, about = trainer.privacy_report(), config["card"]
     looks = list(about.get("outside_guarantee", []))
-    if evaluation:
-        section = config["evaluation"]
-        looks.append(f"The figures under Quality: measured on images of {section['source']}, {section['split']}.")
     models, photos = config["model"], critic.get("public_source")
     if weighs:
         run["stages"].append({"name": "learning the detail", "private": False, "note": MENDED})
     elif photos:
-        run["stages"].insert(1, {"name": "learning the classes", "private": False, "note": NOTE})
+        after = 1 + len(run["mechanism"]["earlier_runs"])  # of the start and the earlier runs, the critic's the last
+        run["stages"].insert(after, {"name": "learning the classes", "private": False, "note": NOTE})
     if critic and (attempts := pipeline.config.attempts) > 1:
         kept = f"of {attempts} images drawn, {DRAWN[critic['kind']]}"
         run["stages"].append({"name": "choosing among samples", "private": False, "note": kept})
@@ -286,7 +231,7 @@ def main() -> None:
             "accounted": about["tuning_data"] != "private",
         },
         "audit": [],
-        "utility": evaluation,
+        "utility": [],
         "reproduce": {
             "train": f"accelerate launch examples/train.py --config {Path(arguments.config).name}",
             "verify": "hf-spectral-dp verify",
@@ -295,6 +240,12 @@ def main() -> None:
         "contact": about.get("contact", "the publisher of this repository"),
     }
     PrivacyCard(report).save(folder)
+    if test:  # the figures come later, so that nothing that ends them leaves a pipeline without its card
+        section = config["evaluation"]
+        report["utility"] = compare(section, data, pipeline, public, detail, store, args, test)
+        look = f"The figures under Quality: measured on images of {section['source']}, {section['split']}."
+        report["data_accesses"].append({"what": look, "accounted": False, "released": True})
+        PrivacyCard(report).save(folder)
     print(f"epsilon spent  {trainer.epsilon_spent:.4f} at delta {trainer.plan.delta:.3g}, unit: {store.unit}")
     print(f"pipeline       {folder}")
     print(f"card           {folder / 'README.md'}  (check it: hf-spectral-dp verify {folder})")

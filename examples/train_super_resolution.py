@@ -112,16 +112,17 @@ def main() -> None:
         parser.error(f"--temperature {arguments.temperature} for a prior of {scales} scales; give one for each.")
 
     coarse = Coarse(arguments.scale, codec, prior, arguments.temperature)
-    task = {"num_channels": arguments.channels, "scale": arguments.scale, "keep_average": codec is None}
+    task = {
+        "num_channels": arguments.channels, "scale": arguments.scale, "keep_average": codec is None,
+        "private_run": None,
+    }  # fmt: skip
     if arguments.start:
         model = SpectralSuperResolution.from_pretrained(arguments.start)
-        if model.config.private_mean:
-            parser.error(f"--start {arguments.start} learned by a private mean; start from a public network.")
         if (found := {name: getattr(model.config, name) for name in task}) != task:
             parser.error(f"--start {arguments.start} is made for {found}, the task is {task}; start from one for it.")
     else:
-        shape = {"features": arguments.features, "num_blocks": arguments.num_blocks}
-        model = SpectralSuperResolution(SpectralSuperResolutionConfig(**task, **shape))
+        width = {"features": arguments.features, "num_blocks": arguments.num_blocks}
+        model = SpectralSuperResolution(SpectralSuperResolutionConfig(**task, **width))
     images = torch.from_numpy(public_images(arguments)).permute(0, 3, 1, 2).contiguous().to(device)
     held_out = max(1, min(200, len(images) // 10))
     test, images = images[:held_out].float() / 127.5 - 1, images[held_out:]

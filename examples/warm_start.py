@@ -5,7 +5,8 @@ noisy sums over all private images train the critic (`hf_spectral_dp.critic`), a
 says of public photos, and what the public model learns from these, is post-processing. Writes to the output folder,
 beside train.py's:
 
-    critic/          the critic, which the pipeline saves again, and its ledger in critic/training: keep that private
+    critic/          the critic, which the pipeline saves again
+    critic_training/ its ledger: keep that private
     public_tokens/   the token rows of the public photos
     public_model/    what private training starts from
 """
@@ -14,18 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import broadcast
+from critics import trained
 from pretrain import Rows
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from hf_spectral_dp import ClassCritic, DPTrainer, DPTrainingArguments, SpectralTokenizerForCausalLM
-from hf_spectral_dp.feature_rows import FeatureRows, critic_arguments, features_of, features_of_rows, mean_arguments
+from hf_spectral_dp import ClassCritic, DPTrainingArguments, SpectralTokenizerForCausalLM
+from hf_spectral_dp.feature_rows import FeatureRows, features_of, features_of_rows
 from hf_spectral_dp.image_sources import load_images
 from hf_spectral_dp.metrics.features import PublicFeatures
 from hf_spectral_dp.metrics.public_features import CHECKPOINT
 from hf_spectral_dp.token_store import TokenStore, build_token_store
 from hf_spectral_dp.trainer import LEDGER
 from hf_spectral_dp.views import Views
+from hf_spectral_dp.whole_files import new_folder
 
 CLASS_DROPOUT = 0.1  # share of rows without a class, so that the model also learns to sample without one
 NOTE = "public photos that a private critic found likeliest for each class, learned by ordinary training"
@@ -45,26 +49,6 @@ class Chosen:
         row = self.store[int(self.indices[index])]
         row["input_ids"][0] = self.class_token_ids[index // self.each]
         return row
-
-
-def private_arguments(section: dict[str, Any], args: DPTrainingArguments, output: Path) -> DPTrainingArguments:
-    """The critic's own private run, as the config's `critic` section asks for it."""
-    asked = {name: section[name] for name in ("max_steps", "learning_rate") if name in section}
-    recipe = mean_arguments if section.get("kind") == "mean" else critic_arguments
-    folder = str(output / "critic" / "training")
-    return recipe(folder, section["target_epsilon"], args.target_delta, use_cpu=args.use_cpu, **asked)
-
-
-def trained(critic: Any, rows: Any, section: dict[str, Any], args: DPTrainingArguments, output: Path) -> Any:
-    """A critic after its private run on `rows`, saved to output/critic by the first process."""
-    private = DPTrainer(critic, private_arguments(section, args, output), rows)
-    private.train()
-    critic = private.merged_model().cpu().eval()
-    if private.is_world_process_zero():
-        critic.save_pretrained(output / "critic")
-        print(f"critic: epsilon {private.epsilon_spent:.4f} of {args.target_epsilon:g}", flush=True)
-    private.accelerator.wait_for_everyone()
-    return critic
 
 
 def public_rows(section: dict[str, Any], model: Any, processor: Any, folder: Path) -> TokenStore:
@@ -94,19 +78,20 @@ def taught(
         output: the run's folder.
     """  # fmt: skip
     folder = output / "critic"
-    ledger = str(folder / "training" / LEDGER)
-    if (output / "public_model" / "config.json").exists():
+    ledger = str(output / "critic_training" / LEDGER)
+    if (output / "public_model").exists():
         learned = AutoModelForCausalLM.from_pretrained(output / "public_model")
         return learned, ClassCritic.from_pretrained(folder), ledger
     photos = public_rows(section, model, processor, output / "public_tokens")
-    known = (folder / "config.json").exists()
+    known = folder.exists()
     if known:
         critic = ClassCritic.from_pretrained(folder)
     else:
         network = PublicFeatures(section.get("network", CHECKPOINT)).network
         critic = ClassCritic.on(network, model.config.num_classes)
     features = features_of(model.eval(), detail, critic.features)
-    _, public = features_of_rows(photos, features)
+    # Every process draws its own view of a photo; what they whiten by, and choose, must be the same.
+    public = broadcast(features_of_rows(photos, features)[1].to(args.device)).cpu()
     if not known:
         critic.fit(public)
         critic = trained(critic, FeatureRows(store, model, features), section, args, output)
@@ -119,7 +104,8 @@ def taught(
     trainer = Trainer(model=model, args=training, train_dataset=Rows(chosen, model.config, CLASS_DROPOUT))
     trainer.train()
     learned = trainer.accelerator.unwrap_model(trainer.model).cpu()
+    learned.config.private_run = critic.config.private_run
     if trainer.is_world_process_zero():
-        learned.save_pretrained(output / "public_model")
+        new_folder(output / "public_model", learned.save_pretrained)
     trainer.accelerator.wait_for_everyone()
     return learned, critic, ledger

@@ -107,6 +107,31 @@ def second(folder, *ledgers) -> DPTrainer:
     return DPTrainer(tiny_model(), args, Rows())
 
 
+def test_what_an_earlier_run_gave_away_stands_on_the_card(tmp_path):
+    """A loss that was logged, and noise of a weaker generator: the claim is of both runs."""
+    args = arguments(
+        tmp_path / "first", target_epsilon=2.0, expected_batch_size=60, max_steps=2, log_private_loss=True
+    )
+    DPTrainer(tiny_model(), args, Rows()).train()
+    ledger = tmp_path / "first" / LEDGER
+    after = second(tmp_path / "second", ledger)
+    after.train()
+    found = after.privacy_report()
+    assert found["training"]["private_loss_logged"] and not found["trust"]["adversary"]["sees_logs"]
+    assert "the loss on private rows was logged during training" in [one["what"] for one in found["data_accesses"]]
+    third = second(tmp_path / "third", tmp_path / "second" / LEDGER)  # which counts the first
+    assert third.privacy_report()["training"]["private_loss_logged"]
+
+
+def test_noise_of_a_weaker_generator_stands_on_the_card(tmp_path, first):
+    header = read_ledger(first / LEDGER)["header"]
+    with PrivacyLedger.create(tmp_path / LEDGER, {**header, "noise": "philox"}, 2) as ledger:
+        ledger.charge()
+    randomness = second(tmp_path / "second", tmp_path / LEDGER).privacy_report()["randomness"]
+    assert randomness["generator"].startswith("Philox")
+    assert second(tmp_path / "third", first / LEDGER).privacy_report()["randomness"]["generator"].startswith("ChaCha")
+
+
 def test_two_runs_share_one_budget(tmp_path, first):
     without = arguments(tmp_path).plan(60)
     trainer = second(tmp_path / "second", first / LEDGER)

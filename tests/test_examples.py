@@ -1,7 +1,9 @@
 """The main job end to end on a handful of images, and that what cannot work is refused before any image is read."""
 
+import ast
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +23,7 @@ from hf_spectral_dp.super_resolution import SpectralSuperResolution, SpectralSup
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.append(str(EXAMPLES))  # last: a script there is called evaluate, like a library
 
+import controls  # noqa: E402
 import train  # noqa: E402
 
 
@@ -107,6 +110,7 @@ def test_images_in_pipeline_and_card_out(job, tmp_path):
         ("training", "expected_batch_size", 61, "expected_batch_size=61 is larger than the data"),
         ("training", "epsilon", 1.0, r"unknown fields \['epsilon'\]"),
         ("sampling", "temprature", 1.0, r"unknown fields \['temprature'\]"),
+        ("sampling", "temperature", [1.0] * 7, "temperature=.* must be > 0: one number, or"),
         ("data", "description", " ", "data.description must say something"),
         ("data", "views", {"count": 3}, "count=3 with no change given"),
         ("model", "prior_source", None, r"model lacks \['prior_source'\]"),
@@ -129,6 +133,44 @@ def test_adapters_cannot_learn_new_classes(job, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "load_images", lambda *args, **kwargs: pytest.fail("images were read"))
     with pytest.raises(ValueError, match="num_classes=3 are new to prior=.* use lora_rank 0"):
         run_here(job, tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+def test_a_finished_run_without_checkpoints_keeps_its_pipeline(job, tmp_path):
+    """To go on from nothing would write the public model under the card of the run."""
+    job["training"] |= {"save_strategy": "no"}
+    del job["evaluation"], job["training"]["save_steps"]
+    assert run(job, tmp_path).returncode == 0
+    weights = tmp_path / "out" / "pipeline" / "model" / "model.safetensors"
+    trained = weights.read_bytes()
+    again = run(job, tmp_path, "--resume")
+    assert again.returncode != 0 and "nothing is left to train" in again.stderr
+    assert weights.read_bytes() == trained
+
+
+def test_controls_want_one_process(job, tmp_path, monkeypatch):
+    """What the others left would wait for them for ever, after the budget is spent."""
+    monkeypatch.setattr(train, "load_images", lambda *args, **kwargs: pytest.fail("images were read"))
+    monkeypatch.setattr(train.PartialState, "num_processes", 2, raising=False)
+    with pytest.raises(ValueError, match="one of 2; take the section out, and run examples/evaluate.py"):
+        run_here(job, tmp_path, monkeypatch)
+
+
+def test_controls_that_fail_leave_a_pipeline_with_its_card(job, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "compare", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_here(job, tmp_path, monkeypatch)
+    folder = tmp_path / "out" / "pipeline"
+    assert PrivacyCard.load(folder).verify(folder) == []
+
+
+def test_test_images_are_those_of_the_configuration_and_revision_that_are_named(monkeypatch):
+    asked = []
+    monkeypatch.setattr(controls, "load_images", lambda *args, **options: asked.append((args, options)) or iter(()))
+    section = {"source": "owner/name", "split": "test", "config_name": "small", "revision": "v1"}
+    with pytest.raises(ValueError):
+        controls.real_images(section, SpectralImageProcessor(image_size=16, num_channels=1))
+    assert asked == [(("owner/name", "test"), {"config_name": "small", "revision": "v1"})]
 
 
 @pytest.mark.slow
@@ -184,8 +226,11 @@ def test_every_config_of_the_repository_is_readable(path):
 
 
 @pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
-def test_help_teaches(script):
-    if script.stem in ("public_glyphs", "controls", "private_mean", "warm_start"):
+def test_help_teaches(script, monkeypatch, capsys):
+    if script.stem in ("public_glyphs", "controls", "critics", "job_config", "private_mean", "warm_start"):
         pytest.skip("imported by others, not run")
-    text = script.read_text()
-    assert "formatter_class" in text and "description=__doc__" in text
+    monkeypatch.setattr(sys, "argv", [script.name, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    said, purpose = capsys.readouterr().out, ast.get_docstring(ast.parse(script.read_text()))
+    assert ended.value.code == 0 and purpose in said  # line by line, as it was written

@@ -94,27 +94,36 @@ def test_a_critic_is_saved_released_and_loaded(tmp_path):
 
 def test_a_critic_needs_a_card_that_counts_its_run(tmp_path):
     """Private training made it: beside a card of one run alone its cost would be nowhere."""
-    pipe = pipeline(critic=critic(), attempts=3)
-    pipe.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"released lists a critic.*earlier_runs=\[\] counts no such run"):
-        PrivacyCard(report()).save(tmp_path)
-    assert not (tmp_path / "privacy.json").exists()
-    card = PrivacyCard(report(COMPOSED)).save(tmp_path)
-    assert card.verify(tmp_path) == []
+        PrivacyCard(report() | {"released": [{"path": "critic/x", "bytes": 1, "sha256": "0" * 64}]})
+    counted = report(COMPOSED)["mechanism"]["earlier_runs"][1]["ledger_head"]
+    for run, problem in ((None, "'None'"), ("f" * 64, "'ffffffffffff'"), (counted, None)):
+        pipe = pipeline(critic=critic(), attempts=3)
+        pipe.critic.config.private_run = run
+        pipe.save_pretrained(tmp_path / str(run))
+        if problem is None:
+            assert PrivacyCard(report(COMPOSED)).save(tmp_path / str(run)).verify(tmp_path / str(run)) == []
+        else:
+            with pytest.raises(ValueError, match=f"critic/config.json names the private run {problem}, which the card"):
+                PrivacyCard(report(COMPOSED)).save(tmp_path / str(run))
+            assert not (tmp_path / str(run) / "privacy.json").exists()
 
 
-def test_a_network_that_a_private_mean_shaped_needs_a_card_that_counts_the_mean(tmp_path):
+@pytest.mark.parametrize("part", ["model", "super_resolution"])
+def test_a_network_of_a_private_run_needs_a_card_that_counts_that_run(tmp_path, part):
     """Also without the critic beside it: what it knows cost as much."""
-    detail = super_resolution()
-    detail.config.private_mean = True
-    pipeline(super_resolution=detail).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"says private_mean=true.*earlier_runs=\[\] counts no run of a mean"):
+    pipe = pipeline(super_resolution=super_resolution())
+    getattr(pipe, part).config.private_run = report(COMPOSED)["mechanism"]["earlier_runs"][0]["ledger_head"]
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"{part}/config.json names the private run '000.*does not count"):
         PrivacyCard(report()).save(tmp_path)
     assert not (tmp_path / "privacy.json").exists()
     card = PrivacyCard(report(COMPOSED)).save(tmp_path)
     assert card.verify(tmp_path) == []
     alone = PrivacyCard({**report(), "released": card.report["released"]})
     assert alone.checks(tmp_path)["networks are public or counted"] != []
+    with pytest.raises(ValueError, match="came out of the private run '000.*publication.publish"):
+        getattr(pipe, part).push_to_hub("owner/name")
 
 
 def test_in_half_precision_the_critic_judges_in_full(tmp_path):

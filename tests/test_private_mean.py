@@ -1,5 +1,6 @@
 """The main job with a private mean: both runs count, the pipeline chooses, a run goes on where it was."""
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from test_examples import images, job, run, run_here  # noqa: F401  (job is a fi
 from test_super_resolution_training import enlarging, of_half_the_side
 from test_warm_start import of_one_budget
 
-from hf_spectral_dp import DPSpectralPipeline, MeanCritic, SpectralImageProcessor
+from hf_spectral_dp import DPSpectralPipeline, MeanCritic, PrivacyCard, SpectralImageProcessor
 from hf_spectral_dp.privacy.ledger import read_ledger
 from hf_spectral_dp.super_resolution import SpectralSuperResolution
 
@@ -36,7 +37,27 @@ def test_mean_and_training_share_one_budget_and_a_run_goes_on(with_mean, tmp_pat
     assert isinstance(pipe.critic, MeanCritic) and pipe.critic.exponent.abs().sum() > 0
     assert pipe.config.attempts == 2
     assert run(with_mean, tmp_path, "--resume").returncode == 0
-    assert read_ledger(out / "critic" / "training" / "privacy_ledger.jsonl")["head"] == head
+    assert read_ledger(out / "critic_training" / "privacy_ledger.jsonl")["head"] == head
+
+
+def test_runs_that_the_config_declares_count_beside_the_mean(with_mean, tmp_path, monkeypatch):
+    """All three, and what they leave is found out before the mean spends."""
+    before = {**with_mean, "output": str(tmp_path / "before"), "critic": {}, "sampling": {}}
+    before["training"] = {**with_mean["training"], "target_epsilon": 4.0, "max_steps": 2}
+    run_here(before, tmp_path, monkeypatch)
+    ledger = str(tmp_path / "before" / "training" / "privacy_ledger.jsonl")
+    with_mean["training"]["earlier_ledgers"] = [ledger]
+    tight = {**with_mean, "critic": {**with_mean["critic"], "target_epsilon": 7.9}}
+    with pytest.raises(ValueError, match="the earlier ones cost"):
+        run_here(tight, tmp_path, monkeypatch)
+    assert not (tmp_path / "out" / "critic_training").exists()
+    shutil.rmtree(tmp_path / "out")
+    run_here(with_mean, tmp_path, monkeypatch)
+    report = PrivacyCard.load(tmp_path / "out" / "pipeline").report
+    counted = [earlier["ledger_head"] for earlier in report["mechanism"]["earlier_runs"]]
+    mean = tmp_path / "out" / "critic_training" / "privacy_ledger.jsonl"
+    assert counted == [read_ledger(path)["head"] for path in (ledger, mean)]
+    assert 7.9 < report["claim"]["epsilon"] <= 8
 
 
 @pytest.fixture
@@ -62,7 +83,9 @@ def test_detail_learns_from_public_photos_and_the_card_says_so(with_photos, job,
     names = [stage["name"] for stage in report["stages"]]
     assert names[-2:] == ["learning the detail", "choosing among samples"]
     pipe = DPSpectralPipeline.from_pretrained(out / "pipeline")
-    assert pipe.super_resolution.config.private_mean
+    heads = [run["ledger_head"] for run in report["mechanism"]["earlier_runs"]]
+    assert [pipe.critic.config.private_run, pipe.super_resolution.config.private_run] == 2 * heads
+    assert pipe.model.config.private_run == report["accounting"]["ledger"]["head"]
     learned = SpectralSuperResolution.from_pretrained(out / "super_resolution").state_dict()
     public = SpectralSuperResolution.from_pretrained(tmp_path / "detail").state_dict()
     used = pipe.super_resolution.state_dict()
@@ -113,9 +136,9 @@ def test_photos_that_cannot_be_read_or_named_end_the_run_before_it_spends(
 
 
 def test_private_training_cannot_start_from_what_another_mean_shaped(with_photos, tmp_path, monkeypatch):
-    detail = enlarging(private_mean=True)
+    detail = enlarging(private_run="ab" * 32)
     detail.save_pretrained(tmp_path / "detail")
-    with pytest.raises(ValueError, match="learned from what a private mean weighed"):
+    with pytest.raises(ValueError, match="model.super_resolution=.* came out of the private run 'abababababab'"):
         run_here(with_photos, tmp_path, monkeypatch)
 
 

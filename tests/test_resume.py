@@ -81,6 +81,16 @@ def test_a_run_that_died_before_its_first_checkpoint_goes_on_and_has_paid(tmp_pa
     assert charged(tmp_path) == trainer.privacy_report()["mechanism"]["charged_steps"] == 6
 
 
+def test_a_run_whose_budget_is_charged_and_whose_weights_are_lost_is_not_gone_on_with(tmp_path):
+    """The model would be the public one, beside a claim of what was spent."""
+    trainer_in(tmp_path, save_strategy="no").train()
+    again = trainer_in(tmp_path, save_strategy="no")
+    for _ in range(2):  # and the ledger is let go
+        with pytest.raises(CheckpointError, match="all 6 steps of .* nothing is left to train"):
+            again.train(resume_from_checkpoint=True)
+    assert charged(tmp_path) == 6
+
+
 def test_a_run_made_shorter_by_crashes_ends_with_a_saved_model(tmp_path):
     """The budget ends it before the planned number of steps, where transformers would save nothing."""
     interrupted(tmp_path, 4, save_steps=100)

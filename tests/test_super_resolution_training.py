@@ -13,7 +13,7 @@ from test_mean_critic import knowing
 from hf_spectral_dp import SpectralConfig, SpectralTokenizerForCausalLM, super_resolution_training
 from hf_spectral_dp.super_resolution import SpectralSuperResolution, SpectralSuperResolutionConfig
 from hf_spectral_dp.super_resolution_training import (
-    MENDING,
+    UNRECORDED,
     Coarse,
     Discriminator,
     Schedule,
@@ -154,8 +154,7 @@ def test_mending_learns_from_images_of_the_private_mean_and_leaves_all_else_as_i
         assert all(torch.equal(value, kept[name]) for name, value in part.state_dict().items())
     pairs = zip(mended.parameters(), public.parameters(), strict=True)
     assert any(not torch.equal(a, b) for a, b in pairs) and not mended.training
-    assert mended.config.private_mean and not public.config.private_mean
-    assert MENDING.goes_on and MENDING.adversarial > 0
+    assert mended.config.private_run == UNRECORDED and public.config.private_run is None
 
 
 def test_without_a_mean_all_images_are_alike():

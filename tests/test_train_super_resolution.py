@@ -79,13 +79,13 @@ def test_going_on_without_a_judge_is_refused(monkeypatch, capsys):
 
 
 def test_a_network_that_a_private_mean_shaped_is_no_start(tmp_path, monkeypatch, capsys):
-    config = train_super_resolution.SpectralSuperResolutionConfig(features=4, num_blocks=1, private_mean=True)
+    config = train_super_resolution.SpectralSuperResolutionConfig(features=4, num_blocks=1, private_run="ab" * 32)
     train_super_resolution.SpectralSuperResolution(config).save_pretrained(tmp_path / "mended")
     given = ["--public", "nowhere", "--adversarial", "0.1", "--start", str(tmp_path / "mended"), "--out", "out"]
     monkeypatch.setattr(sys, "argv", ["train_super_resolution.py", *given])
     with pytest.raises(SystemExit):
         train_super_resolution.main()
-    assert "learned by a private mean" in capsys.readouterr().err
+    assert "is made for {" in (said := capsys.readouterr().err) and "'private_run': 'abab" in said
 
 
 def test_a_network_of_another_task_is_refused_before_any_image_is_read(tmp_path, monkeypatch, capsys):

@@ -15,7 +15,8 @@ from hf_spectral_dp.cli import main as cli
 from hf_spectral_dp.privacy.ledger import read_ledger
 from hf_spectral_dp.token_store import build_token_store
 
-import warm_start  # isort: skip  (test_examples adds its folder)
+import critics  # isort: skip  (test_examples adds its folder)
+import warm_start  # isort: skip
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def with_critic(job, tmp_path) -> dict:  # noqa: F811
 
 def of_one_budget(out: Path, charged: tuple[int, int]) -> tuple[dict, str]:
     """Report of a run with a critic, and the head of the critic's ledger; both runs are counted, once and together."""
-    first, second = (read_ledger(out / name / "privacy_ledger.jsonl") for name in ("critic/training", "training"))
+    first, second = (read_ledger(out / name / "privacy_ledger.jsonl") for name in ("critic_training", "training"))
     assert (first["charged"], second["charged"]) == charged
     (earlier,) = second["header"]["plan"]["earlier"]
     assert earlier["noise_multiplier"] == first["header"]["plan"]["noise_multiplier"]
@@ -57,15 +58,22 @@ def test_critic_and_training_share_one_budget(with_critic, tmp_path):
 def test_a_run_goes_on_with_the_critic_that_it_paid_for(with_critic, tmp_path):
     """The critic's own ledger lets nobody train it twice; a later stage that is missing is made again."""
     assert run(with_critic, tmp_path).returncode == 0
-    ledger = tmp_path / "out" / "critic" / "training" / "privacy_ledger.jsonl"
+    ledger = tmp_path / "out" / "critic_training" / "privacy_ledger.jsonl"
     head = read_ledger(ledger)["head"]
     shutil.rmtree(tmp_path / "out" / "public_model")
     assert run(with_critic, tmp_path, "--resume").returncode == 0
     assert read_ledger(ledger)["head"] == head
     shutil.rmtree(tmp_path / "out" / "public_model")
-    (tmp_path / "out" / "critic" / "config.json").unlink()
+    shutil.rmtree(tmp_path / "out" / "training")  # killed before private training began
+    (tmp_path / "out" / "pipeline").rename(tmp_path / "before")
+    assert run(with_critic, tmp_path, "--resume").returncode == 0
+    of_one_budget(tmp_path / "out", charged=(3, 4))
+    shutil.rmtree(tmp_path / "out" / "training")
+    shutil.rmtree(tmp_path / "out" / "critic")  # killed while the critic was trained: its ledger refuses to begin again
+    shutil.rmtree(tmp_path / "out" / "public_model")
     again = run(with_critic, tmp_path, "--resume")
     assert again.returncode != 0 and "its charges count" in again.stderr
+    assert not (tmp_path / "out" / "training" / "privacy_ledger.jsonl").exists()
 
 
 @pytest.mark.parametrize(
@@ -74,6 +82,8 @@ def test_a_run_goes_on_with_the_critic_that_it_paid_for(with_critic, tmp_path):
         ({"target_epsilon": 8.0}, "critic.target_epsilon=8.0 is a part of training.target_epsilon=8.0"),
         ({"public_source": None}, "critic lacks"),
         ({"photos": "x"}, "critic has unknown fields"),
+        ({"share": 1.5}, r"critic.share=1.5 must be in \(0, 1\]"),
+        ({"public_steps": 0}, "critic.public_steps at least 1"),
     ],
 )
 def test_what_cannot_work_is_refused_before_any_image_is_read(with_critic, tmp_path, monkeypatch, change, message):
@@ -96,6 +106,31 @@ def test_one_claim_needs_one_relation(with_critic, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="training.sampling='truncated_poisson' is accounted under another relation"):
         run_here({**with_critic, "training": training}, tmp_path, monkeypatch)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scale_weights": [1.0]}, r"scale_weights=\[1.0\] for a model of"),
+        ({"expected_batch_size": 61}, "expected_batch_size=61 is larger than the data"),
+    ],
+)
+def test_what_training_would_refuse_is_refused_before_the_critic_spends(
+    with_critic, tmp_path, monkeypatch, change, message
+):
+    """Rows that only the store can count included; the critic's budget would be lost."""
+    data = {name: value for name, value in with_critic["data"].items() if name != "num_examples"}
+    broken = {**with_critic, "data": data, "training": {**with_critic["training"], **change}}
+    with pytest.raises(ValueError, match=message):
+        run_here(broken, tmp_path, monkeypatch)
+    assert not (tmp_path / "out" / "critic_training").exists()
+
+
+def test_a_critic_is_as_secure_as_the_run_that_it_belongs_to():
+    args = DPTrainingArguments(
+        output_dir="x", target_epsilon=10.0, expected_batch_size=8, use_cpu=True, secure_mode=True
+    )
+    assert critics.private_arguments({"target_epsilon": 1.0}, args, Path("x")).secure_mode
 
 
 def test_every_photo_stands_for_the_class_that_it_was_chosen_for(tmp_path):
@@ -127,5 +162,5 @@ def test_the_settings_of_the_recipe_are_those_of_the_config():
     args = DPTrainingArguments(output_dir="x", target_epsilon=10.0, expected_batch_size=8, use_cpu=True)
     short = {"target_epsilon": section["target_epsilon"]}
     for name in ("learning_rate", "max_steps", "target_epsilon"):
-        chosen = [getattr(warm_start.private_arguments(some, args, Path("x")), name) for some in (section, short)]
+        chosen = [getattr(critics.private_arguments(some, args, Path("x")), name) for some in (section, short)]
         assert chosen[0] == chosen[1] == section[name]

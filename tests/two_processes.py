@@ -53,7 +53,9 @@ def train(folder: Path, rank: int, name: str, **changes) -> None:
     """A whole run, in which every process has its own random state."""
     torch.manual_seed(rank)
     rows = WatchedRows()
-    trainer = DPTrainer(tiny_model(), arguments(folder / name, ema_decay=0.5, **changes), rows)
+    model = tiny_model()
+    model.codec.register_buffer("of_public_data", torch.rand(5))  # such as statistics that each process measured
+    trainer = DPTrainer(model, arguments(folder / name, ema_decay=0.5, **changes), rows)
     trainer.train()
     found = {"weights": trainer.model.state_dict(), "epsilon": trainer.epsilon_spent, "taken": rows.taken}
     torch.save(found, folder / f"{name}-{rank}.pt")

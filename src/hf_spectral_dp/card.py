@@ -104,8 +104,8 @@ class PrivacyCard:
             The card as it was saved, with `released`.
 
         Raises:
-            ValueError: there are no weights in the folder, other files than those of a pipeline, or a super-resolution
-                network whose private mean the report does not count.
+            ValueError: there are no weights in the folder, other files than those of a pipeline, or a network of a
+                private run that the report does not count.
             OSError: a file cannot be read or written; the files that were there are still whole.
         """
         folder = Path(folder)

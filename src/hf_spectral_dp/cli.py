@@ -19,6 +19,7 @@ Check a privacy card against everything that is at hand:
 
   every figure of the claim, recomputed from the recorded event      (epsilon, profile, attacks, groups)
   every file of the folder or repository                             (hashes, nothing missing, nothing more)
+  every network that came out of a private run                       (the card counts that run)
   privacy.json and README.md                                         (byte for byte what the card says)
   the run's ledger, with --ledger                                    (chain, head, plan, number of charges)
 

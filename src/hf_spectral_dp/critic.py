@@ -27,13 +27,17 @@ class CriticConfig(PreTrainedConfig):
     Args:
         num_classes: that the critic tells apart; 0 if it knows none.
         network: fields of the `PublicFeatureConfig` of its public network.
+        private_run: head of the ledger of the private run that trained it, as `DPTrainer` writes it; None before.
     """
 
     model_type = "spectral_critic"
 
-    def __init__(self, num_classes: int = 0, network: dict[str, Any] | None = None, **kwargs: Any):
+    def __init__(
+        self, num_classes: int = 0, network: dict[str, Any] | None = None, private_run: str | None = None, **kwargs: Any
+    ):
         super().__init__(**kwargs)
         self.num_classes = num_classes
+        self.private_run = private_run
         self.network = network or {}
 
 

@@ -93,7 +93,8 @@ class ImageFeatureRows(RowsInMemory):
     """Rows (N, D) of the private images themselves, their features, as `DPTrainer` and `MeanCritic` read them.
 
     Every row is a function of one image, and the images are those of `store`, so a unit of the store is a unit here.
-    Rows are as secret as the images.
+    Rows are as secret as the images. That the data still are what the store was made of is assumed: their number, and
+    the persons, are compared, the images are not.
 
     Args:
         store: what `build_token_store` made of the same data with the same columns.

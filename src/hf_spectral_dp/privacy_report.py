@@ -71,9 +71,11 @@ def run_report(
         noise_source: `GaussianNoise.source`.
         training: the section `training` of the schema.
         post_processing: what was computed from the noisy steps, in words.
-        earlier_runs: {"clipping_norm", "ledger_head"} of every run of `plan.earlier`, in its order.
+        earlier_runs: {"clipping_norm", "ledger_head"} of every run of `plan.earlier`, in its order; the report is as
+            loose as the loosest of all runs, where "log_private_loss" or "noise" say so.
     """
-    logged = bool(training["private_loss_logged"])
+    logged = bool(training["private_loss_logged"]) or any(run.get("log_private_loss") for run in earlier_runs)
+    noise_source = next((run["noise"] for run in earlier_runs if "noise" in run), noise_source)
     report: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "claim": {
@@ -155,7 +157,7 @@ def run_report(
             "ledger": {"records": charged, "head": ledger_head},
         },
         "randomness": describe_randomness(noise_source),
-        "training": dict(training),
+        "training": {**training, "private_loss_logged": logged},
         "stages": [
             {"name": "start from public weights", "private": False, "note": "see public data"},
             *({"name": f"earlier private run {number} on the same data", "private": True,

@@ -28,8 +28,14 @@ class HubModel:
         """As in transformers, for models that saw no private data: the README is a stock one, and there is no card.
 
         Raises:
-            ValueError: the model was loaded from a folder with a privacy card, which would stay behind.
+            ValueError: the model was loaded from a folder with a privacy card, which would stay behind, or its config
+                names a private run.
         """
+        if run := getattr(self.config, "private_run", None):  # type: ignore[attr-defined]
+            raise ValueError(
+                f"the model came out of the private run {run[:12]!r}, and no card would say what that cost; save it"
+                " with its PrivacyCard, and upload both by publication.publish(folder, repo_id)."
+            )
         folder = Path(self.name_or_path)  # type: ignore[attr-defined]
         for place in (folder, folder.parent):
             if folder.is_dir() and (place / REPORT_NAME).is_file():

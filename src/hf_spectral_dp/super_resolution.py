@@ -37,8 +37,8 @@ class SpectralSuperResolutionConfig(PreTrainedConfig):
         num_blocks: residual blocks.
         keep_average: True makes block means of the output equal the input, for inputs that are exact area averages.
             False lets the network also mend the input, for one trained on what a codec makes of images.
-        private_mean: True if a private mean weighed what the network learned from (`mend_towards`). Then it is no
-            public network: a card must count the run of the mean, and other private training cannot start from it.
+        private_run: None for a public network. Else the head of the ledger of the private run whose mean weighed what
+            it learned from (`mend_towards`): a card must count that run.
 
     Raises:
         ValueError: a field out of range, naming it, its value and the rule.
@@ -51,7 +51,7 @@ class SpectralSuperResolutionConfig(PreTrainedConfig):
     features: int = 32
     num_blocks: int = 5
     keep_average: bool = True
-    private_mean: bool = False
+    private_run: str | None = None
 
     def __post_init__(self, **kwargs):
         if self.num_channels not in (1, 3):

@@ -59,10 +59,11 @@ class DPTrainer(QuietTrainer):
     public and were not chosen by looking at the rows; whatever was trained on them before, the model included, was
     trained by the runs of `args.earlier_ledgers`, whose units are the same; `per_example_loss` of a row depends on that
     row, the weights and releases of those runs alone; the text encoder is public, too; the time a step takes is not
-    observed; `privacy_ledger.jsonl` and the checkpoints' optimizer states are covered by the guarantee, the token store
-    is not. Which rows are shown without text is decided for each by a coin of its own, from the generator that draws
-    batches; given all coins, every row is one fixed row, so the guarantee holds for each way they can fall, and by
-    joint convexity for the mixture.
+    observed; the checkpoints' optimizer states are covered by the guarantee, the token store is not, nor is the file
+    `privacy_ledger.jsonl`, which holds a hash of the rows (released is the hash of its last record, which is salted).
+    Which rows are shown without text is decided for each by a coin of its own, from the generator that draws batches;
+    given all coins, every row is one fixed row, so the guarantee holds for each way they can fall, and by joint
+    convexity for the mixture.
 
     Raises:
         ValueError: data that cannot be sampled as `args.sampling` says, arguments that cannot work, earlier runs that
@@ -107,9 +108,9 @@ class DPTrainer(QuietTrainer):
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, callbacks=callbacks, optimizers=optimizers
         )
-        if args.world_size > 1:  # adapters begin at random: all processes begin with those of the first
-            for parameter in self._clipper.parameters.values():
-                dist.broadcast(parameter.detach(), 0)
+        if args.world_size > 1:  # adapters begin at random, statistics of public data may differ: all as on the first
+            for value in model.state_dict().values():
+                dist.broadcast(value, 0)
         self._public = {name: parameter.detach().clone() for name, parameter in self._clipper.parameters.items()}
         self._average = {name: value.float().clone() for name, value in self._public.items()} if args.ema_decay else {}
         self._mechanism = NoisyClippedMean(
@@ -131,6 +132,9 @@ class DPTrainer(QuietTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """Trains, then applies `ema_decay` and `public_interpolation` to the weights of `self.model`.
 
+        The model's config then names the run, as `private_run`, by the head of its ledger: whoever releases the model,
+        or what was made with it, needs a card that counts it.
+
         Args:
             resume_from_checkpoint: a checkpoint folder, or True for the newest whole one of `output_dir`; True also
                 goes on where a ledger is but no checkpoint yet, from the weights of `model`. The ledger of the first
@@ -140,7 +144,8 @@ class DPTrainer(QuietTrainer):
             ValueError: `get_train_dataloader` was replaced, or a run with sampling="single_pass" is resumed.
             LedgerError: a new run in a folder that already holds a ledger, a resumed run whose ledger is missing,
                 altered, behind the checkpoint, or of another plan or data set, or an earlier run that went on.
-            CheckpointError: the checkpoint to resume from is damaged, or one could not be saved.
+            CheckpointError: the checkpoint to resume from is damaged, or there is none and the whole budget is charged,
+                or one could not be saved.
         """
         self.check_quiet()
         self._batches.check(self.get_train_dataloader())
@@ -164,6 +169,9 @@ class DPTrainer(QuietTrainer):
             if self._ledger is not None:
                 self._ledger.close()
         self._postprocess()
+        config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
+        if config is not None:
+            config.private_run = self.from_first(self._head)
         return TrainOutput(output.global_step, float("nan"), self.publishable(output.metrics))
 
     def get_train_dataloader(self) -> Any:
@@ -260,6 +268,13 @@ class DPTrainer(QuietTrainer):
             folder.mkdir(parents=True, exist_ok=True)
             self._ledger = PrivacyLedger.create(folder / LEDGER, header, self.plan.steps)
         self._charged, self._head = self._ledger.charged, self._ledger.head
+        if resume and path is None and self._charged >= self.plan.steps:
+            self._ledger.close()
+            raise CheckpointError(
+                f"all {self._charged} steps of {str(folder / LEDGER)!r} are charged and no checkpoint holds what they"
+                " made: nothing is left to train, and the model would be the one it began from. What was saved of it"
+                " elsewhere is all there is; a new run needs a folder and a budget of its own."
+            )
         if resume and path is None:
             logger.warning("no checkpoint yet: %d charged steps are lost, and stay paid", self._charged)
         return int(path.name.rpartition("-")[2]) if resume is True and path else 0

@@ -23,6 +23,7 @@ _UPLOADS = {
     "swanlab": ("SWANLAB_LOG_MODEL", "false"),
 }
 _OFF = ("", "0", "false", "f", "n", "no", "none", "off")
+_WORSE = {"log_private_loss": True, "noise": "philox"}  # what a claim together with an earlier run inherits from it
 
 
 @dataclass
@@ -198,7 +199,8 @@ class DPTrainingArguments(TrainingArguments):
             persons: whether a privacy unit of this run is a person rather than a row; None if that is not known yet.
 
         Returns:
-            [{"plan": its `PrivacyPlan` with the steps that were charged, "clipping_norm", "ledger_head"}, ...].
+            [{"plan": its `PrivacyPlan` with the steps that were charged, "clipping_norm", "ledger_head"}, ...], with
+            "log_private_loss" or "noise" where the run was looser in these than a run is by default.
 
         Raises:
             LedgerError: a ledger is missing or altered, states no plan, counts a run that another one counts, or is of
@@ -218,6 +220,7 @@ class DPTrainingArguments(TrainingArguments):
                     "plan": dataclasses.replace(plan, steps=ledger["charged"], earlier=()),
                     "clipping_norm": float(header["clipping_norm"]),
                     "ledger_head": ledger["head"],
+                    **{name: value for name, value in _WORSE.items() if header.get(name) == value},
                 }
             except (KeyError, TypeError, ValueError) as error:
                 raise LedgerError(

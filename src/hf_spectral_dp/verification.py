@@ -128,17 +128,32 @@ def file_contradictions(report: Mapping[str, Any], folder: Path) -> list[str]:
     return problems
 
 
+def private_runs(folder: Path) -> dict[str, str]:
+    """Which private run each network of a folder names, in its config, by the head of a ledger; none for public ones.
+
+    Returns:
+        By the path of the config in the folder. A critic that names no run is there, too: private training made it.
+    """
+    found = {}
+    for path in sorted([*folder.glob("config.json"), *folder.glob("*/config.json")]):
+        try:
+            run = json.loads(path.read_bytes()).get("private_run")
+        except (OSError, ValueError, AttributeError):  # none that can be loaded
+            continue
+        if run is not None or path.parent.name == "critic":
+            found[path.relative_to(folder).as_posix()] = str(run)
+    return found
+
+
 def network_contradictions(report: Mapping[str, Any], folder: Path) -> list[str]:
-    """A super-resolution network that a private mean shaped, in a folder whose card counts no run of a mean."""
-    try:
-        shaped = json.loads((folder / "super_resolution" / "config.json").read_bytes())["private_mean"]
-    except (OSError, ValueError, KeyError, TypeError):  # no such network, or none that can be loaded
-        shaped = False
-    if not shaped or report["mechanism"]["earlier_runs"]:
-        return []
+    """Networks that name private runs, in their configs, against the runs that the card counts."""
+    counted = {run["ledger_head"] for run in report["mechanism"]["earlier_runs"]}
+    counted.add(report["accounting"]["ledger"]["head"])
     return [
-        "super_resolution/config.json says private_mean=true, but mechanism.earlier_runs=[] counts no run of a mean;"
-        " train the model with the mean's ledger in earlier_ledgers, or take the public network."
+        f"{path} names the private run {run[:12]!r}, which the card does not count; train the model with that run's"
+        " ledger in earlier_ledgers, or take a public network."
+        for path, run in private_runs(folder).items()
+        if run not in counted
     ]
 
 
@@ -165,5 +180,6 @@ __all__ = [
     "file_contradictions",
     "ledger_contradictions",
     "network_contradictions",
+    "private_runs",
     "text_contradictions",
 ]

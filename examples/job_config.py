@@ -1,0 +1,100 @@
+"""The YAML file of a job: which sections and fields there are, and what is refused before any image is read.
+
+examples/configs/demo.yaml explains the fields; those of critics are in faces.yaml and cifar10.yaml.
+"""
+
+import importlib.resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hf_spectral_dp import DPTrainingArguments
+from hf_spectral_dp.pipeline_spectral import SAMPLING_VALUES
+
+COLUMNS = {"source", "split", "config_name", "revision", "image_column", "label_column"}
+FIELDS = {
+    "data": COLUMNS
+    | {"num_examples", "description", "unit_column", "max_rows_per_unit", "views"}
+    | {"caption_column", "caption_files"},
+    "model": {"prior", "prior_source", "super_resolution", "super_resolution_source", "num_classes"}
+    | {"text_encoder", "text_encoder_source", "max_text_tokens"},
+    "critic": {"kind", "target_epsilon", "public", "public_split", "public_source", "network", "share", "max_steps"}
+    | {"learning_rate", "public_steps"},
+    "training": set(DPTrainingArguments.__dataclass_fields__) - {"output_dir"},
+    "sampling": set(SAMPLING_VALUES),
+    "card": {"license", "hyperparameter_tuning", "tuning_data", "outside_guarantee", "prompts", "contact"},
+    "evaluation": COLUMNS | {"images_per_class", "twin_epochs", "classifier_steps"},
+}
+REQUIRED = {
+    "data": {"source", "split", "description"},
+    "model": {"prior", "prior_source", "super_resolution", "super_resolution_source"},
+    "training": {"target_epsilon"},
+    "card": {"hyperparameter_tuning", "tuning_data"},
+}
+TEXT = ("data.caption_column", "model.text_encoder", "model.text_encoder_source", "card.prompts")
+CRITICS = {  # by kind: fields that it needs, and the config that explains them
+    "classes": ({"target_epsilon", "public", "public_source"}, "cifar10.yaml"),
+    "mean": ({"target_epsilon"}, "faces.yaml"),
+}
+PUBLIC = ("public", "public_source", "public_split", "public_steps")
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The YAML file; unknown and missing sections and fields are refused by name."""
+    config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    if unknown := set(config) - set(FIELDS) - {"output"}:
+        raise ValueError(f"{path}: unknown sections {sorted(unknown)}; the known ones are output, {', '.join(FIELDS)}.")
+    for section, fields in FIELDS.items():
+        config[section] = config.get(section) or {}  # also where all its lines are commented out
+        given = set(config[section])
+        if unknown := given - fields:
+            raise ValueError(f"{path}: {section} has unknown fields {sorted(unknown)}; it knows {sorted(fields)}.")
+        if missing := REQUIRED.get(section, set()) - given:
+            raise ValueError(f"{path}: {section} lacks {sorted(missing)}; examples/configs/demo.yaml explains them.")
+    texts = ("data.description", "model.prior_source", "model.super_resolution_source", "card.hyperparameter_tuning")
+    if empty := [name for name in texts if not str(config[name.split(".")[0]][name.split(".")[1]] or "").strip()]:
+        raise ValueError(f"{path}: {', '.join(empty)} must say something: the card will hold it, and a card without it"
+                         " is refused.")  # fmt: skip
+    missing = [name for name in TEXT if not config[name.split(".")[0]].get(name.split(".")[1])]
+    textual = not missing
+    if missing and missing != list(TEXT):
+        raise ValueError(f"{path} lacks {', '.join(missing)}; a model with text needs all of {', '.join(TEXT)}.")
+    if config["evaluation"] and not (textual or config["data"].get("label_column")):
+        raise ValueError(f"{path}: evaluation trains classifiers on class labels, and data.label_column names none.")
+    if textual and config["evaluation"]:
+        raise ValueError(f"{path}: evaluation trains classifiers on class labels, which a model with text has none of.")
+    if critic := config["critic"]:
+        kind = critic.setdefault("kind", "classes")
+        if kind not in CRITICS:
+            raise ValueError(f"{path}: critic.kind={kind!r} is unknown; use one of {', '.join(CRITICS)}.")
+        needed, example = CRITICS[kind]
+        if missing := needed - set(critic):
+            raise ValueError(f"{path}: critic lacks {sorted(missing)}; examples/configs/{example} explains them.")
+        if kind == "classes" and not config["data"].get("label_column"):
+            raise ValueError(f"{path}: a critic tells classes apart, and data.label_column names none.")
+        if kind == "mean":
+            if unused := set(critic) - {"kind", "target_epsilon", "network", *PUBLIC}:
+                raise ValueError(f"{path}: critic of kind mean takes no {sorted(unused)}; leave them out.")
+            if (given := set(critic) & set(PUBLIC)) and not set(PUBLIC[:2]) <= given:
+                raise ValueError(f"{path}: critic has {sorted(given)}; the photos that a private mean weighs need both"
+                                 f" of {', '.join(PUBLIC[:2])}.")  # fmt: skip
+            if config["sampling"].get("attempts", 1) < 2:
+                raise ValueError(f"{path}: a critic of kind mean chooses among sampling.attempts images; give 2 or"
+                                 " more, 8 are usual.")  # fmt: skip
+            if textual:
+                raise ValueError(f"{path}: a critic of kind mean would draw all prompts towards one mean; leave it out"
+                                 " for a model with text.")  # fmt: skip
+        if not 0 < (share := critic.get("share", 0.1)) <= 1 or critic.get("public_steps", 1) < 1:
+            raise ValueError(f"{path}: critic.share={share} must be in (0, 1], critic.public_steps at least 1.")
+        if (sampling := config["training"].get("sampling", "poisson")) != "poisson":
+            raise ValueError(f"{path}: the critic's batches are those of sampling='poisson', and training.sampling="
+                             f"{sampling!r} is accounted under another relation; use poisson for both.")  # fmt: skip
+    return config
+
+
+def located(name: str) -> str:
+    """Where a model lies: "bundled:<name>" is a checkpoint inside the package; all else is a folder or a Hub id."""
+    if not name.startswith("bundled:"):
+        return name
+    return str(importlib.resources.files("hf_spectral_dp") / "checkpoints" / name.removeprefix("bundled:"))
