@@ -66,7 +66,7 @@ SIZES = {
     # The like on a GPU, minutes per method: four times the rows, diffusion of 16 times the size.
     "photos-gpu": Size(
         20000, 1500, 44000, 500, 4000, 240, 2048, 2000, 0, 1, 2, 1000, (64, 128), 50, public_batch=256,
-        micro_batch=2048, wide=True, detail_steps=1200,
+        micro_batch=2048, wide=True, detail_steps=1600,
     ),  # fmt: skip
     # Four times the steps of "photos", and enough images for classifiers of the published kinds.
     "objects": Size(

@@ -85,7 +85,7 @@ def read_config(path: str) -> dict[str, Any]:
             if textual:
                 raise ValueError(f"{path}: a critic of kind mean would draw all prompts towards one mean; leave it out"
                                  " for a model with text.")  # fmt: skip
-        if not 0 < (share := critic.get("share", 0.1)) <= 1 or critic.get("public_steps", 1) < 1:
+        if not 0 < (share := critic.get("share", 1)) <= 1 or critic.get("public_steps", 1) < 1:
             raise ValueError(f"{path}: critic.share={share} must be in (0, 1], critic.public_steps at least 1.")
         if (sampling := config["training"].get("sampling", "poisson")) != "poisson":
             raise ValueError(f"{path}: the critic's batches are those of sampling='poisson', and training.sampling="

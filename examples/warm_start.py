@@ -31,6 +31,7 @@ from hf_spectral_dp.trainer import LEDGER
 from hf_spectral_dp.views import Views
 from hf_spectral_dp.whole_files import new_folder
 
+SHARE, PUBLIC_STEPS = 0.1, 1500  # of the photos that each class is learned from; of 128 of them each
 CLASS_DROPOUT = 0.1  # share of rows without a class, so that the model also learns to sample without one
 NOTE = "public photos that a private critic found likeliest for each class, learned by ordinary training"
 
@@ -95,9 +96,9 @@ def taught(
     if not known:
         critic.fit(public)
         critic = trained(critic, FeatureRows(store, model, features), section, args, output)
-    chosen = Chosen(photos, critic.likeliest(public, section.get("share", 0.1)), model)
+    chosen = Chosen(photos, critic.likeliest(public, section.get("share", SHARE)), model)
     training = TrainingArguments(
-        output_dir=str(output / "public_training"), max_steps=section.get("public_steps", 1500),
+        output_dir=str(output / "public_training"), max_steps=section.get("public_steps", PUBLIC_STEPS),
         per_device_train_batch_size=128, learning_rate=1.5e-3, lr_scheduler_type="cosine", warmup_steps=150,
         weight_decay=0.01, save_strategy="no", report_to="none", use_cpu=args.use_cpu, seed=args.seed,
     )  # fmt: skip

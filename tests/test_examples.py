@@ -7,6 +7,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -151,7 +152,7 @@ def test_a_finished_run_without_checkpoints_keeps_its_pipeline(job, tmp_path):
 def test_controls_want_one_process(job, tmp_path, monkeypatch):
     """What the others left would wait for them for ever, after the budget is spent."""
     monkeypatch.setattr(train, "load_images", lambda *args, **kwargs: pytest.fail("images were read"))
-    monkeypatch.setattr(train.PartialState, "num_processes", 2, raising=False)
+    monkeypatch.setattr(train, "PartialState", lambda: SimpleNamespace(num_processes=2, is_main_process=True))
     with pytest.raises(ValueError, match="one of 2; take the section out, and run examples/evaluate.py"):
         run_here(job, tmp_path, monkeypatch)
 

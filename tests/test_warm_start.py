@@ -160,6 +160,7 @@ def test_the_settings_of_the_recipe_are_those_of_the_config():
     config = Path(warm_start.__file__).parent / "configs" / "cifar10.yaml"
     section = yaml.safe_load(config.read_text())["critic"]
     args = DPTrainingArguments(output_dir="x", target_epsilon=10.0, expected_batch_size=8, use_cpu=True)
+    assert (section["share"], section["public_steps"]) == (warm_start.SHARE, warm_start.PUBLIC_STEPS)
     short = {"target_epsilon": section["target_epsilon"]}
     for name in ("learning_rate", "max_steps", "target_epsilon"):
         chosen = [getattr(critics.private_arguments(some, args, Path("x")), name) for some in (section, short)]
