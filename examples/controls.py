@@ -22,6 +22,7 @@ from hf_spectral_dp.metrics.utility import classifier_accuracy
 from hf_spectral_dp.pipeline_spectral import SAMPLING_VALUES
 from hf_spectral_dp.real_images import read_real_images
 from hf_spectral_dp.super_resolution import upscale_to
+from hf_spectral_dp.super_resolution_training import UNRECORDED
 from hf_spectral_dp.token_store import TokenStore
 
 Labelled = tuple[Tensor, Tensor]
@@ -68,6 +69,7 @@ def trained_without_privacy(model: Any, store: TokenStore, epochs: float, folder
         lr_scheduler_type="cosine", save_strategy="no", logging_strategy="no", report_to="none", use_cpu=use_cpu,
     )  # fmt: skip
     Trainer(model=model, args=arguments, train_dataset=Rows(store, model.config, class_dropout=0.0)).train()
+    model.config.private_run = UNRECORDED  # so that no script takes it for a public one
     return model.cpu().eval()
 
 

@@ -70,6 +70,10 @@ def test_a_pipeline_without_a_card_is_public_or_refused(job, tmp_path, monkeypat
         run([*job, "--public_model", "noise", "--update_card"], monkeypatch)
     run([*job, "--public_model", "noise"], monkeypatch)
     assert "no claim" in (tmp_path / "report" / "index.html").read_text()
+    config = tmp_path / "pipeline" / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"private_run": "ab" * 32}))
+    with pytest.raises(SystemExit, match="holds parts of private runs .model/config.json"):
+        run([*job, "--public_model", "noise"], monkeypatch)
 
 
 def test_what_cannot_work_is_refused_at_once(job, tmp_path, monkeypatch):

@@ -136,9 +136,13 @@ def test_photos_that_cannot_be_read_or_named_end_the_run_before_it_spends(
 
 
 def test_private_training_cannot_start_from_what_another_mean_shaped(with_photos, tmp_path, monkeypatch):
-    detail = enlarging(private_run="ab" * 32)
-    detail.save_pretrained(tmp_path / "detail")
+    enlarging(private_run="ab" * 32).save_pretrained(tmp_path / "detail")
     with pytest.raises(ValueError, match="model.super_resolution=.* came out of the private run 'abababababab'"):
+        run_here(with_photos, tmp_path, monkeypatch)
+    taught = of_half_the_side().with_classes(10)
+    taught.config.private_run = "cd" * 32
+    taught.save_pretrained(tmp_path / "prior")
+    with pytest.raises(ValueError, match="model.prior=.* came out of the private run 'cdcdcdcdcdcd'"):
         run_here(with_photos, tmp_path, monkeypatch)
 
 

@@ -276,7 +276,7 @@ MENDING = Schedule(
 )
 """Of `mend_towards`: twenty minutes of a CPU core for the large bundled network."""
 UNRECORDED = "no ledger"
-"""In the place of a ledger's head, where the mean was not taken by `DPTrainer`: no card can count it."""
+"""In the place of a ledger's head, where it was not `DPTrainer` that looked at private images: no card counts it."""
 SQUARES = 3  # of every public photo
 MEMORY = 2_000_000_000  # bytes of them
 
