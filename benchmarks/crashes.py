@@ -34,7 +34,7 @@ import transformers
 from torch import Tensor
 
 from hf_spectral_dp import DPTrainer, DPTrainingArguments, SpectralConfig, SpectralTokenizerForCausalLM
-from hf_spectral_dp.checkpoint_files import CheckpointError, verify
+from hf_spectral_dp.checkpoint_files import CheckpointError, newest_whole, verify
 from hf_spectral_dp.privacy.ledger import LedgerError, read_ledger
 from hf_spectral_dp.privacy.noise import GaussianNoise
 from hf_spectral_dp.trainer import LEDGER
@@ -236,7 +236,7 @@ POINTS = [
     Point("some files flushed", "c_return", "fsync", "publish", most=8),
     Point("seal computed, not written", "return", "_seal", "publish", most=STEPS),
     Point("seal written, not flushed", "c_return", "BufferedWriter.flush", "publish", most=STEPS),
-    Point("seal flushed, folders not", "call", "_sync_folder", "publish", most=STEPS),
+    Point("seal flushed, folders not", "call", "sync", "publish", most=STEPS),
     Point("before the rename", "c_call", "rename", "publish", most=STEPS),
     Point("renamed, not flushed", "c_return", "rename", "publish", most=STEPS),
     Point("renamed and flushed", "return", "publish", most=STEPS),
@@ -317,12 +317,20 @@ def complaint(folder: Path) -> str:
     return ""
 
 
+def lost(folder: Path, said: str) -> bool:
+    """Whether a run was refused because the crashes took what the whole budget had paid for: there is no checkpoint."""
+    spent = (folder / LEDGER).exists() and read_ledger(folder / LEDGER)["charged"] == STEPS
+    return "nothing is left to train" in said and spent and newest_whole(folder) is None
+
+
 def goes_on(folder: Path, log: Path) -> str:
     """Resumes a run to its end; what is wrong with that, "" if nothing is."""
     status = ended(start(partial(train, folder), log))
     said = log.read_text(errors="replace")
     if status == REFUSED and "no complete header" in said:
         return "" if applied() == 0 else f"refused after {applied()} updates: {said}"
+    if status == REFUSED and lost(folder, said):
+        return ""
     if status != FINISHED:
         return f"a resumed run ended with {status}: {said[-1500:]}"
     if wrong := complaint(folder):
@@ -385,7 +393,8 @@ def kill_at_random(base: Path, kills: int, seconds: float) -> Row:
                 os.kill(child, signal.SIGKILL)  # a zombie until it is waited for, so this is the child and no other
                 status = ended(child)
                 done += status == -signal.SIGKILL
-                refused = status == REFUSED and "no complete header" in (base / "log").read_text()
+                said = (base / "log").read_text()
+                refused = status == REFUSED and ("no complete header" in said or lost(folder, said))
                 if status not in (-signal.SIGKILL, FINISHED) and not refused:
                     wrong = f"a resumed run ended with {status}: {(base / 'log').read_text()[-1500:]}"
                 wrong = wrong or complaint(folder)

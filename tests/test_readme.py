@@ -30,7 +30,7 @@ def test_a_users_lines_run(tmp_path):
     DPSpectralPipeline(tiny_model(), processor, network).save_pretrained(tmp_path / "runs" / "demo" / "pipeline")
     PrivacyCard(report()).save(tmp_path / "runs" / "demo" / "pipeline")
     with_text = DPSpectralPipeline(text_model(1), processor, network, *text_encoder(tmp_path / "encoder"))
-    with_text.save_pretrained(tmp_path / "runs" / "faces_text" / "pipeline")
+    with_text.save_pretrained(tmp_path / "runs" / "faces-text" / "pipeline")
     tiny_model().save_pretrained(tmp_path / "runs" / "prior")
     processor.save_pretrained(tmp_path / "runs" / "prior")
     generator = np.random.default_rng(0)
