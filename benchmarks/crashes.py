@@ -396,7 +396,7 @@ def kill_at_random(base: Path, kills: int, seconds: float) -> Row:
                 said = (base / "log").read_text()
                 refused = status == REFUSED and ("no complete header" in said or lost(folder, said))
                 if status not in (-signal.SIGKILL, FINISHED) and not refused:
-                    wrong = f"a resumed run ended with {status}: {(base / 'log').read_text()[-1500:]}"
+                    wrong = f"a resumed run ended with {status}: {said[-1500:]}"
                 wrong = wrong or complaint(folder)
                 if wrong or status != -signal.SIGKILL or done >= kills:
                     break

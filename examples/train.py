@@ -80,7 +80,7 @@ def begun(folder: Path) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="YAML file; examples/configs/demo.yaml explains every field")
+    parser.add_argument("--config", required=True, help="YAML file; examples/configs/demo.yaml explains the fields")
     parser.add_argument("--output", help="instead of the config's output folder")
     parser.add_argument("--target_epsilon", type=float, help="instead of the config's training.target_epsilon")
     parser.add_argument("--lora_rank", type=int, help="train LoRA adapters of this rank only (0: all weights)")
@@ -113,15 +113,15 @@ def main() -> None:
     text, textual = (None, None), {}
     if config["model"].get("text_encoder"):
         text = load_text_encoder(located(config["model"]["text_encoder"]))
-        known = getattr(AutoConfig.from_pretrained(prior), "text_width", 0)
-        if known not in (0, text[0].config.hidden_size):
-            raise ValueError(f"model.prior={prior!r} was made for text of width {known}, model.text_encoder="
+        known = AutoConfig.from_pretrained(prior)
+        if known.text_width not in (0, text[0].config.hidden_size):
+            raise ValueError(f"model.prior={prior!r} was made for text of width {known.text_width}, model.text_encoder="
                              f"{config['model']['text_encoder']!r} has {text[0].config.hidden_size}; take the encoder"
                              " that the prior was pretrained with.")  # fmt: skip
         textual = {"text_width": text[0].config.hidden_size}  # a prior without text gets new weights for it
         if "max_text_tokens" in config["model"]:
             textual["max_text_tokens"] = config["model"]["max_text_tokens"]
-        if args.lora_rank and AutoConfig.from_pretrained(prior).conditioning != "text":
+        if args.lora_rank and known.conditioning != "text":
             raise ValueError(
                 f"lora_rank={args.lora_rank} trains adapters only, and prior={prior!r} has no text: its new projection"
                 " would stay random; use lora_rank 0, or a prior with text (examples/pretrain.py --text_encoder)."

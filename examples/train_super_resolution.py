@@ -121,8 +121,8 @@ def main() -> None:
         if (found := {name: getattr(model.config, name) for name in task}) != task:
             parser.error(f"--start {arguments.start} is made for {found}, the task is {task}; start from one for it.")
     else:
-        width = {"features": arguments.features, "num_blocks": arguments.num_blocks}
-        model = SpectralSuperResolution(SpectralSuperResolutionConfig(**task, **width))
+        shape = {"features": arguments.features, "num_blocks": arguments.num_blocks}
+        model = SpectralSuperResolution(SpectralSuperResolutionConfig(**task, **shape))
     images = torch.from_numpy(public_images(arguments)).permute(0, 3, 1, 2).contiguous().to(device)
     held_out = max(1, min(200, len(images) // 10))
     test, images = images[:held_out].float() / 127.5 - 1, images[held_out:]

@@ -3,16 +3,15 @@
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from .checkpoint_files import CheckpointError, clear_staging, publish, rotate, staging
-
-Value = TypeVar("Value", int, str)
 
 
 class SavingTrainer(Trainer):
@@ -52,13 +51,13 @@ class SavingTrainer(Trainer):
             raise RuntimeError("the first process failed; see its error.")
         return value
 
-    def from_first(self, value: Value) -> Value:
+    def from_first(self, value: int) -> int:
         """The first process's value, on all processes."""
         if self.args.world_size == 1:
             return value
-        held = [value]
-        dist.broadcast_object_list(held, 0, device=self.args.device)
-        return held[0]
+        tensor = torch.tensor(value, device=self.args.device)
+        dist.broadcast(tensor, 0)
+        return int(tensor)
 
     def store_flos(self) -> None:
         """Nothing to store, and no word between processes about it while one of them saves."""

@@ -108,9 +108,9 @@ class DPTrainer(QuietTrainer):
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, callbacks=callbacks, optimizers=optimizers
         )
-        if args.world_size > 1:  # adapters begin at random, statistics of public data may differ: all as on the first
-            for value in model.state_dict().values():
-                dist.broadcast(value, 0)
+        if args.world_size > 1:  # adapters begin at random: all processes begin with those of the first
+            for parameter in self._clipper.parameters.values():
+                dist.broadcast(parameter.detach(), 0)
         self._public = {name: parameter.detach().clone() for name, parameter in self._clipper.parameters.items()}
         self._average = {name: value.float().clone() for name, value in self._public.items()} if args.ema_decay else {}
         self._mechanism = NoisyClippedMean(
@@ -171,7 +171,10 @@ class DPTrainer(QuietTrainer):
         self._postprocess()
         config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
         if config is not None:
-            config.private_run = self.from_first(self._head)
+            head = [self._head]
+            if self.args.world_size > 1:  # only the first process has it
+                dist.broadcast_object_list(head, 0, device=self.args.device)
+            config.private_run = head[0]
         return TrainOutput(output.global_step, float("nan"), self.publishable(output.metrics))
 
     def get_train_dataloader(self) -> Any:
