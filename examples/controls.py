@@ -11,18 +11,17 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from job_config import opened
 from pretrain import Rows
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from hf_spectral_dp import DPSpectralPipeline
-from hf_spectral_dp.assessment import draw_images
-from hf_spectral_dp.image_sources import load_images
+from hf_spectral_dp.assessment import draw_images, shown
 from hf_spectral_dp.metrics.utility import classifier_accuracy
 from hf_spectral_dp.pipeline_spectral import SAMPLING_VALUES
+from hf_spectral_dp.private_marks import UNRECORDED
 from hf_spectral_dp.real_images import read_real_images
-from hf_spectral_dp.super_resolution import upscale_to
-from hf_spectral_dp.super_resolution_training import UNRECORDED
 from hf_spectral_dp.token_store import TokenStore
 
 Labelled = tuple[Tensor, Tensor]
@@ -35,9 +34,8 @@ def real_images(section: dict[str, Any], processor: Any) -> Labelled:
     Raises:
         ValueError: a column that is missing, a label that is no integer from 0, or no image that can be read.
     """
-    where = {name: section[name] for name in ("config_name", "revision") if name in section}
     found = read_real_images(
-        load_images(section["source"], section["split"], **where), processor,
+        opened(section), processor,
         f"{section['source']}, split {section['split']}",
         image_column=section.get("image_column", "image"), label_column=section.get("label_column", "label"),
         limit=None,
@@ -49,10 +47,7 @@ def real_images(section: dict[str, Any], processor: Any) -> Labelled:
 def through_codec(pipeline: DPSpectralPipeline, store: TokenStore) -> Labelled:
     """The private images as well as the tokens and the super-resolution can show them, with views one of each image."""
     rows = store[range(len(store))]["input_ids"]
-    images = pipeline.model.decode(rows[:, 1:])
-    images = upscale_to(pipeline.image_processor.image_size, pipeline.super_resolution, images)
-    labels = rows[:, 0] - pipeline.model.config.class_token_ids[0]
-    return pipeline.image_processor.postprocess(images, "pt") * 2 - 1, labels
+    return shown(pipeline, rows[:, 1:]), pipeline.model.labels_of(rows[:, 0])
 
 
 def generated(pipeline: DPSpectralPipeline, model: Any, each: int) -> Labelled:
@@ -69,7 +64,7 @@ def trained_without_privacy(model: Any, store: TokenStore, epochs: float, folder
         lr_scheduler_type="cosine", save_strategy="no", logging_strategy="no", report_to="none", use_cpu=use_cpu,
     )  # fmt: skip
     Trainer(model=model, args=arguments, train_dataset=Rows(store, model.config, class_dropout=0.0)).train()
-    model.config.private_run = UNRECORDED  # so that no script takes it for a public one
+    model.config.private_runs = [UNRECORDED]  # so that no script takes it for a public one
     return model.cpu().eval()
 
 

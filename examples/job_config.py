@@ -10,7 +10,9 @@ from typing import Any
 import yaml
 
 from hf_spectral_dp import DPTrainingArguments
+from hf_spectral_dp.image_sources import load_images
 from hf_spectral_dp.pipeline_spectral import SAMPLING_VALUES
+from hf_spectral_dp.report_rules import check_words
 
 COLUMNS = {"source", "split", "config_name", "revision", "image_column", "label_column"}
 FIELDS = {
@@ -40,9 +42,21 @@ CRITICS = {  # by kind: fields that it needs, and the config that explains them
 PUBLIC = ("public", "public_source", "public_split", "public_steps")
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice: of two `earlier_ledgers` PyYAML would silently keep the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        found = super().construct_mapping(node, deep)
+        if len(found) < len(node.value):
+            names = [self.construct_object(key) for key, _ in node.value]
+            twice = sorted({str(name) for name in names if names.count(name) > 1})
+            raise ValueError(f"{', '.join(twice)} stands twice{node.start_mark}; give each field once.")
+        return found
+
+
 def read_config(path: str) -> dict[str, Any]:
     """The YAML file; unknown and missing sections and fields are refused by name."""
-    config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    config = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # noqa: S506  # a SafeLoader
     if unknown := set(config) - set(FIELDS) - {"output"}:
         raise ValueError(f"{path}: unknown sections {sorted(unknown)}; the known ones are output, {', '.join(FIELDS)}.")
     for section, fields in FIELDS.items():
@@ -90,7 +104,47 @@ def read_config(path: str) -> dict[str, Any]:
         if (sampling := config["training"].get("sampling", "poisson")) != "poisson":
             raise ValueError(f"{path}: the critic's batches are those of sampling='poisson', and training.sampling="
                              f"{sampling!r} is accounted under another relation; use poisson for both.")  # fmt: skip
+        if "public" in critic and not str(critic["public_source"] or "").strip():
+            raise ValueError(f"{path}: critic.public_source must say where the public photos are from.")
+    if not isinstance(config["card"].get("outside_guarantee", []), list):
+        raise ValueError(f"{path}: card.outside_guarantee is a list, one entry for every look at the data.")
+    try:
+        check_words({name: said for name, said in publisher_words(config).items() if said != []})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return config
+
+
+def publisher_words(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a privacy report that the config's author writes; no run says them."""
+    data, models, about = config["data"], config["model"], config["card"]
+    sources = {
+        "codec and prior": models["prior_source"],
+        "super-resolution": models["super_resolution_source"],
+        "text encoder": models.get("text_encoder_source"),
+        "photos that a private " + ("mean weighed" if config["critic"].get("kind") == "mean" else "critic chose"):
+            config["critic"].get("public_source"),
+    }  # fmt: skip
+    return {
+        "data": {"name": data["source"], "split": data["split"], "description": data["description"]},
+        "data_accesses": [
+            {"what": look, "accounted": False, "released": True} for look in about.get("outside_guarantee", [])
+        ],
+        "public_data": [{"role": role, "source": source} for role, source in sources.items() if source],
+        "hyperparameter_tuning": {
+            "statement": about["hyperparameter_tuning"],
+            "data": about["tuning_data"],
+            "accounted": about["tuning_data"] != "private",
+        },
+        "license": about.get("license", "other"),
+        "contact": about.get("contact", "the publisher of this repository"),
+    }
+
+
+def opened(section: dict[str, Any]) -> Any:
+    """The stream of images that a section names."""
+    options = {name: section[name] for name in ("config_name", "revision", "caption_files") if name in section}
+    return load_images(section["source"], section["split"], **options)
 
 
 def located(name: str) -> str:

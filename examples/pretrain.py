@@ -24,6 +24,7 @@ from transformers import AutoImageProcessor, AutoModelForCausalLM, Trainer, Trai
 
 from hf_spectral_dp import SpectralConfig, SpectralTokenizerForCausalLM
 from hf_spectral_dp.image_sources import load_images
+from hf_spectral_dp.private_marks import refuse_uncounted
 from hf_spectral_dp.text_encoder import load_text_encoder
 from hf_spectral_dp.token_store import TokenStore, build_token_store
 from hf_spectral_dp.views import Views
@@ -134,8 +135,11 @@ def main() -> None:
         text = {name: getattr(arguments, name) for name in ("max_text_tokens", "text_dropout")}
         text["text_width"] = encoder.config.hidden_size
     model = AutoModelForCausalLM.from_pretrained(arguments.codec, **text)
+    refuse_uncounted(f"--codec {arguments.codec}", model)
     if arguments.start:
-        go_on(model, AutoModelForCausalLM.from_pretrained(arguments.start))
+        before = AutoModelForCausalLM.from_pretrained(arguments.start)
+        refuse_uncounted(f"--start {arguments.start}", before)
+        go_on(model, before)
     processor = AutoImageProcessor.from_pretrained(arguments.codec)
     glyphs = arguments.public == "glyphs"
     if glyphs:

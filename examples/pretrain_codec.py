@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from hf_spectral_dp import SpectralConfig, SpectralImageProcessor, SpectralTokenizerForCausalLM
-from hf_spectral_dp.image_sources import load_images, readable, undecoded
+from hf_spectral_dp.image_sources import load_images, readable
 
 
 def public_images(source: str, split: str, column: str, count: int, seed: int) -> list:
@@ -24,7 +24,7 @@ def public_images(source: str, split: str, column: str, count: int, seed: int) -
         from public_glyphs import render_digits
 
         return list(render_digits(count, seed)[0])
-    return [image for image, _ in itertools.islice(readable(undecoded(load_images(source, split)), column), count)]
+    return [image for image, _ in itertools.islice(readable(load_images(source, split), column), count)]
 
 
 def main() -> None:

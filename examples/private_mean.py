@@ -24,7 +24,7 @@ from torch import Tensor
 
 from hf_spectral_dp import DPSpectralPipeline, DPTrainingArguments, MeanCritic
 from hf_spectral_dp.feature_rows import ImageFeatureRows, draw_choices
-from hf_spectral_dp.image_sources import load_images, readable, undecoded
+from hf_spectral_dp.image_sources import load_images, readable
 from hf_spectral_dp.metrics.features import PublicFeatures
 from hf_spectral_dp.metrics.public_features import CHECKPOINT
 from hf_spectral_dp.super_resolution import SpectralSuperResolution, upscale_to
@@ -66,7 +66,7 @@ def mean_of(
 
 def public_photos(section: dict[str, Any]) -> Iterator[Image.Image]:
     """Those that the mean weighs, as the config's `critic` names them; what cannot be read is passed over."""
-    rows = undecoded(load_images(section["public"], section.get("public_split", "train")))
+    rows = load_images(section["public"], section.get("public_split", "train"))
     return (photo for photo, _ in readable(rows, "image"))
 
 
@@ -101,8 +101,7 @@ def mended(
 
 def learn_to_choose(pipeline: DPSpectralPipeline, seed: int) -> None:
     """Lets the pipeline's critic look at what the pipeline draws, and find with which odds to keep it."""
-    model, critic = pipeline.model, pipeline.critic
-    detail = "bicubic" if pipeline.super_resolution is None else pipeline.super_resolution
+    model, critic, detail = pipeline.model, pipeline.critic, pipeline.super_resolution
     classes, generator = model.config.num_classes, torch.Generator().manual_seed(seed)
 
     def draw(count: int) -> Tensor:

@@ -19,6 +19,7 @@ beside its controls. All sections and fields are explained in examples/configs/d
 
 import argparse
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ import torch
 from accelerate import PartialState
 from controls import compare, real_images
 from critics import check_training, private_arguments
-from job_config import located, read_config
+from job_config import located, opened, publisher_words, read_config
 from private_mean import learn_to_choose, mean_of, mended, public_photos
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageToImage
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -34,12 +35,13 @@ from warm_start import NOTE, taught
 
 from hf_spectral_dp import DPSpectralPipeline, DPTrainer, DPTrainingArguments, PrivacyCard
 from hf_spectral_dp.generation import image_grid
-from hf_spectral_dp.image_sources import load_images
+from hf_spectral_dp.private_marks import refuse_uncounted
 from hf_spectral_dp.super_resolution import SpectralSuperResolution
 from hf_spectral_dp.text_encoder import load_text_encoder
 from hf_spectral_dp.token_store import TokenStore, build_token_store
 from hf_spectral_dp.trainer import LEDGER
 from hf_spectral_dp.views import Views
+from hf_spectral_dp.whole_files import replace_files
 
 MENDED = "super-resolution went on from public photos, weighed so that their features have the private mean"
 DRAWN = {
@@ -50,20 +52,27 @@ DRAWN = {
 
 def private_images(data: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The stream of the config's images, and the names of their columns as `build_token_store` takes them."""
-    options = {name: data[name] for name in ("config_name", "revision", "caption_files") if name in data}
     optional = ("image_column", "label_column", "caption_column", "unit_column", "max_rows_per_unit")
     columns = {name: data[name] for name in optional if name in data}
-    return load_images(data["source"], data["split"], **options), columns
+    return opened(data), columns
 
 
 def tokenise(
     config: dict[str, Any], model: Any, processor: Any, text: tuple[Any, Any], views: Views | None, folder: Path
 ) -> TokenStore:
     """The token rows: made once by the first process of the machine, opened by the others and by resumed runs."""
+    asked = {name: value for name, value in config["data"].items() if name not in ("description", "num_examples")}
+    made_of = folder.with_name("tokens.json")
     with PartialState().local_main_process_first():
-        if not folder.exists():
+        if folder.exists():
+            if made_of.exists() and (made := json.loads(made_of.read_bytes())) != json.loads(json.dumps(asked)):
+                raise ValueError(f"the tokens in {str(folder)!r} were made of data={made}, not of {asked}; give that"
+                                 " section again, or train in another folder.")  # fmt: skip
+        else:
             images, columns = private_images(config["data"])
             encoder, tokenizer = text
+            made_of.parent.mkdir(parents=True, exist_ok=True)
+            replace_files({made_of: json.dumps(asked).encode()})
             build_token_store(images, model, processor, folder, **columns, views=views, text_encoder=encoder,
                               tokenizer=tokenizer)  # fmt: skip
     store = TokenStore.load(folder)
@@ -139,14 +148,12 @@ def main() -> None:
     detail = AutoModelForImageToImage.from_pretrained(located(network)) if network else None
     counted = {run["ledger_head"] for run in args.earlier_runs()}
     for name, part in (("prior", model), ("super_resolution", detail)):
-        if run := getattr(getattr(part, "config", None), "private_run", None):
-            if run not in counted:
-                raise ValueError(f"model.{name}={config['model'][name]!r} came out of the private run {run[:12]!r}, and"
-                                 " nothing here would count it; name its ledger in training.earlier_ledgers, or start"
-                                 " from public weights.")  # fmt: skip
+        refuse_uncounted(f"model.{name}={config['model'][name]!r}", part, counted)
     DPSpectralPipeline(model, processor, detail, *text, **config["sampling"])
-    sampling = {name: value for name, value in config["sampling"].items() if name in ("temperature", "top_k", "top_p")}
-    model.sample(num_samples=1, num_tokens=0, **sampling)
+    if detail is None and model.config.coarse_size < model.config.image_size:
+        sides = f"{model.config.coarse_size} for {model.config.image_size}"
+        raise ValueError(f"model.super_resolution is empty, but prior={prior!r} draws images of side {sides}; name a"
+                         " public network.")  # fmt: skip
     if config["evaluation"] and PartialState().num_processes > 1:
         raise ValueError(f"evaluation trains its controls in one process, and this is one of"
                          f" {PartialState().num_processes}; take the section out, and run examples/evaluate.py on what"
@@ -162,7 +169,7 @@ def main() -> None:
     goes_on = begun(output / "training")  # asked before any process can begin it
     store = tokenise(config, model, processor, text, views, output / "tokens")
     test = real_images(config["evaluation"], processor) if config["evaluation"] else None
-    if test and bool((store[range(len(store))]["input_ids"][:, 0] == model.config.null_token_id).any()):
+    if test and store.report["unlabelled"]:
         raise ValueError("evaluation trains classifiers on the training images, too, and some have no label; give each"
                          " one, or take the section out.")  # fmt: skip
     public, judge = copy.deepcopy(model) if test else None, None
@@ -199,45 +206,25 @@ def main() -> None:
     image_grid(images, columns=model.config.num_classes or 8).save(folder / "samples.png")
 
     # 4. The card, from the run itself.
-    run, about = trainer.privacy_report(), config["card"]
-    looks = list(about.get("outside_guarantee", []))
-    models, photos = config["model"], critic.get("public_source")
+    run, words = trainer.privacy_report(), publisher_words(config)
     if weighs:
         run["stages"].append({"name": "learning the detail", "private": False, "note": MENDED})
-    elif photos:
+    elif critic and critic["kind"] == "classes":
         after = 1 + len(run["mechanism"]["earlier_runs"])  # of the start and the earlier runs, the critic's the last
         run["stages"].insert(after, {"name": "learning the classes", "private": False, "note": NOTE})
     if critic and (attempts := pipeline.config.attempts) > 1:
         kept = f"of {attempts} images drawn, {DRAWN[critic['kind']]}"
         run["stages"].append({"name": "choosing among samples", "private": False, "note": kept})
-    encoder = [{"role": "text encoder", "source": models["text_encoder_source"]}] if prompts else []
     report = {
         **run,
-        "data": {"name": data["source"], "split": data["split"], "description": data["description"]},
-        "data_accesses": [
-            *run["data_accesses"],
-            *({"what": look, "accounted": False, "released": True} for look in looks),
-        ],
-        "public_data": [
-            {"role": "codec and prior", "source": models["prior_source"]},
-            {"role": "super-resolution", "source": models["super_resolution_source"]},
-            *encoder,
-            *([{"role": "photos that a private " + ("mean weighed" if weighs else "critic chose"), "source": photos}]
-              if photos else []),
-        ],
-        "hyperparameter_tuning": {
-            "statement": about["hyperparameter_tuning"],
-            "data": about["tuning_data"],
-            "accounted": about["tuning_data"] != "private",
-        },
+        **words,
+        "data_accesses": [*run["data_accesses"], *words["data_accesses"]],
         "audit": [],
         "utility": [],
         "reproduce": {
             "train": f"accelerate launch examples/train.py --config {Path(arguments.config).name}",
             "verify": "hf-spectral-dp verify",
         },
-        "license": about.get("license", "other"),
-        "contact": about.get("contact", "the publisher of this repository"),
     }
     PrivacyCard(report).save(folder)
     if test:  # the figures come later, so that nothing that ends them leaves a pipeline without its card

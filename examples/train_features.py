@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_spectral_dp import SpectralImageProcessor
-from hf_spectral_dp.image_sources import load_images, readable, undecoded
+from hf_spectral_dp.image_sources import load_images, readable
 from hf_spectral_dp.metrics.public_features import PublicFeatureConfig, PublicFeatureNetwork
 
 CARD = """---
@@ -53,7 +53,7 @@ def public_images(
     """uint8 images (n, 3, size, size) and their labels, in a random order that is the same every time."""
     processor = SpectralImageProcessor(image_size=size, num_channels=3)
     pixels, labels = [], []
-    for picture, row in itertools.islice(readable(undecoded(load_images(source, split)), image_column), limit):
+    for picture, row in itertools.islice(readable(load_images(source, split), image_column), limit):
         image = processor(picture)["pixel_values"]
         pixels.append(((image + 1) * 127.5).round().to(torch.uint8))
         labels.append(row[label_column])

@@ -27,7 +27,8 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
-from hf_spectral_dp.image_sources import load_images, readable, undecoded
+from hf_spectral_dp.image_sources import load_images, readable
+from hf_spectral_dp.private_marks import refuse_uncounted
 from hf_spectral_dp.super_resolution import SpectralSuperResolution, SpectralSuperResolutionConfig, upscale, upscale_to
 from hf_spectral_dp.super_resolution_training import Coarse, Schedule, squares, train_super_resolution
 
@@ -66,7 +67,7 @@ def public_images(arguments: argparse.Namespace) -> np.ndarray:
         margin = (before, size - digits.shape[1] - before)
         padded = np.pad(digits, ((0, 0), margin, margin))[..., None]
         return np.repeat(padded, channels, axis=-1)
-    rows = undecoded(load_images(arguments.public, arguments.split))
+    rows = load_images(arguments.public, arguments.split)
     photos = (photo for photo, _ in readable(rows, arguments.image_column))
     read = itertools.islice(squares(photos, size, channels, rng), arguments.images)
     return np.stack(list(tqdm(read, "reading", total=arguments.images)))
@@ -106,18 +107,19 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    codec = AutoModelForCausalLM.from_pretrained(arguments.codec).codec.to(device) if arguments.codec else None
-    prior = AutoModelForCausalLM.from_pretrained(arguments.prior).to(device).eval() if arguments.prior else None
+    named = {name: folder for name in ("codec", "prior") if (folder := getattr(arguments, name))}
+    models = {name: AutoModelForCausalLM.from_pretrained(folder).to(device).eval() for name, folder in named.items()}
+    for name, model in models.items():
+        refuse_uncounted(f"--{name} {named[name]}", model)
+    codec, prior = models["codec"].codec if "codec" in models else None, models.get("prior")
     if prior is not None and len(arguments.temperature) != (scales := len(prior.config.layout.scales)):
         parser.error(f"--temperature {arguments.temperature} for a prior of {scales} scales; give one for each.")
 
     coarse = Coarse(arguments.scale, codec, prior, arguments.temperature)
-    task = {
-        "num_channels": arguments.channels, "scale": arguments.scale, "keep_average": codec is None,
-        "private_run": None,
-    }  # fmt: skip
+    task = {"num_channels": arguments.channels, "scale": arguments.scale, "keep_average": codec is None}
     if arguments.start:
         model = SpectralSuperResolution.from_pretrained(arguments.start)
+        refuse_uncounted(f"--start {arguments.start}", model)
         if (found := {name: getattr(model.config, name) for name in task}) != task:
             parser.error(f"--start {arguments.start} is made for {found}, the task is {task}; start from one for it.")
     else:

@@ -26,6 +26,7 @@ from hf_spectral_dp.feature_rows import FeatureRows, features_of, features_of_ro
 from hf_spectral_dp.image_sources import load_images
 from hf_spectral_dp.metrics.features import PublicFeatures
 from hf_spectral_dp.metrics.public_features import CHECKPOINT
+from hf_spectral_dp.private_marks import marks
 from hf_spectral_dp.token_store import TokenStore, build_token_store
 from hf_spectral_dp.trainer import LEDGER
 from hf_spectral_dp.views import Views
@@ -105,7 +106,7 @@ def taught(
     trainer = Trainer(model=model, args=training, train_dataset=Rows(chosen, model.config, CLASS_DROPOUT))
     trainer.train()
     learned = trainer.accelerator.unwrap_model(trainer.model).cpu()
-    learned.config.private_run = critic.config.private_run
+    learned.config.private_runs = marks(critic, model)
     if trainer.is_world_process_zero():
         new_folder(output / "public_model", learned.save_pretrained)
     trainer.accelerator.wait_for_everyone()

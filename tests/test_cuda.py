@@ -59,7 +59,9 @@ def test_a_run_spends_its_budget(tmp_path, changes):
     report = trainer.privacy_report()
     assert 0.99 * 8 < report["claim"]["epsilon"] == trainer.epsilon_spent <= 8
     assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
-    assert (tmp_path / "checkpoint-3").is_dir()
+    again = DPTrainer(tiny_model(), arguments(tmp_path, **chosen), Rows())  # the averaged weights come back, too
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert again.state.global_step == 3 and again.privacy_report()["mechanism"]["charged_steps"] == 6
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])

@@ -16,6 +16,7 @@ from hf_spectral_dp.privacy.consequences import gaussian_dp
 from hf_spectral_dp.privacy.ledger import LedgerError, PrivacyLedger, read_ledger
 from hf_spectral_dp.privacy_report import statement
 from hf_spectral_dp.trainer import LEDGER
+from hf_spectral_dp.verification import ledger_contradictions
 
 # -- the card --------------------------------------------------------------------------------------------------------
 
@@ -121,6 +122,11 @@ def test_what_an_earlier_run_gave_away_stands_on_the_card(tmp_path):
     assert "the loss on private rows was logged during training" in [one["what"] for one in found["data_accesses"]]
     third = second(tmp_path / "third", tmp_path / "second" / LEDGER)  # which counts the first
     assert third.privacy_report()["training"]["private_loss_logged"]
+    fields = {**report(), **found}
+    ledger = tmp_path / "second" / LEDGER
+    assert ledger_contradictions(fields, ledger) == []
+    silent = forged(fields, ("training", "private_loss_logged"), False)
+    assert "loss of private rows was logged" in " ".join(ledger_contradictions(silent, ledger))
 
 
 def test_noise_of_a_weaker_generator_stands_on_the_card(tmp_path, first):

@@ -71,7 +71,7 @@ def test_a_pipeline_without_a_card_is_public_or_refused(job, tmp_path, monkeypat
     run([*job, "--public_model", "noise"], monkeypatch)
     assert "no claim" in (tmp_path / "report" / "index.html").read_text()
     config = tmp_path / "pipeline" / "model" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"private_run": "ab" * 32}))
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"private_runs": ["ab" * 32]}))
     with pytest.raises(SystemExit, match="holds parts of private runs .model/config.json"):
         run([*job, "--public_model", "noise"], monkeypatch)
 

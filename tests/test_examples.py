@@ -11,10 +11,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import tiny_model
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as Picture
+from test_private_mean import of_half_the_side
 
 from hf_spectral_dp import DPSpectralPipeline, PrivacyCard, SpectralImageProcessor
 from hf_spectral_dp.cli import main as cli
@@ -25,6 +27,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.append(str(EXAMPLES))  # last: a script there is called evaluate, like a library
 
 import controls  # noqa: E402
+import job_config  # noqa: E402
 import train  # noqa: E402
 
 
@@ -112,6 +115,13 @@ def test_images_in_pipeline_and_card_out(job, tmp_path):
         ("training", "epsilon", 1.0, r"unknown fields \['epsilon'\]"),
         ("sampling", "temprature", 1.0, r"unknown fields \['temprature'\]"),
         ("sampling", "temperature", [1.0] * 7, "temperature=.* must be > 0: one number, or"),
+        ("sampling", "attempts", 0, "attempts=0 at least 1"),
+        ("sampling", "guidance_scale", float("inf"), "guidance_scale=inf must be finite"),
+        ("model", "num_classes", 11, "num_classes=11 are new to"),
+        ("card", "tuning_data", "validation", "hyperparameter_tuning.data='validation': .*none, public"),
+        ("card", "license", "", "license=''"),
+        ("card", "outside_guarantee", "a look", "card.outside_guarantee is a list"),
+        ("data", "description", 7, "data.description=7: .*What one row shows"),
         ("data", "description", " ", "data.description must say something"),
         ("data", "views", {"count": 3}, "count=3 with no change given"),
         ("model", "prior_source", None, r"model lacks \['prior_source'\]"),
@@ -123,15 +133,58 @@ def test_a_config_that_cannot_work_fails_before_any_image_is_read(
     job.setdefault(section, {})[field] = value
     if value is None:
         del job[section][field]
-    monkeypatch.setattr(train, "load_images", lambda *args, **kwargs: pytest.fail("images were read"))
+    monkeypatch.setattr(job_config, "load_images", lambda *args, **kwargs: pytest.fail("images were read"))
     with pytest.raises(ValueError, match=message):
         run_here(job, tmp_path, monkeypatch)
     assert not (tmp_path / "out").exists()
 
 
+def test_a_field_that_stands_twice_is_refused(tmp_path):
+    """Of two lists of earlier ledgers, YAML would silently keep the last."""
+    (tmp_path / "twice.yaml").write_text("training:\n  earlier_ledgers: [a]\n  earlier_ledgers: [b]\n")
+    with pytest.raises(ValueError, match="earlier_ledgers stands twice"):
+        job_config.read_config(str(tmp_path / "twice.yaml"))
+
+
+def test_coarse_tokens_need_a_network(job, tmp_path, monkeypatch):
+    """Its samples could not be drawn, after the budget is spent."""
+    of_half_the_side().save_pretrained(tmp_path / "prior")
+    job["model"]["super_resolution"] = None
+    with pytest.raises(ValueError, match="model.super_resolution is empty, but prior=.* draws images of side 8 for 16"):
+        run_here(job, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("change", [{"split": "test"}, {"unit_column": "label", "max_rows_per_unit": 2}])
+def test_a_run_does_not_go_on_with_other_data(job, tmp_path, monkeypatch, change):
+    """The tokens are there: they would be trained on, and the card would speak of the others."""
+    monkeypatch.setattr(train, "DPTrainer", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_here(job, tmp_path, monkeypatch)
+    job["data"] |= {"description": "other words for the same"}
+    for more, error, message in (({}, ZeroDivisionError, ""), (change, ValueError, "tokens.* were made of data=")):
+        job["data"] |= more
+        monkeypatch.setattr(sys, "argv", [*sys.argv[:3], "--resume"])
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(job))
+        with pytest.raises(error, match=message):
+            train.main()
+
+
+def test_the_ceiling_sees_every_row_through_the_codec(job, tmp_path, monkeypatch):
+    """In parts, and without the graph that a gradient would need."""
+    monkeypatch.setattr(train, "DPTrainer", lambda model, args, store: held.append((model, store)) or 1 / 0)
+    held = []
+    with pytest.raises(ZeroDivisionError):
+        run_here(job, tmp_path, monkeypatch)
+    (model, store), processor = held[0], SpectralImageProcessor(image_size=16, num_channels=1)
+    pixels, labels = controls.through_codec(DPSpectralPipeline(model, processor), store)
+    tokens = store[range(len(store))]["input_ids"][:, 1:]
+    assert torch.allclose(pixels, model.decode(tokens).clamp(-1, 1), atol=1e-6) and not pixels.requires_grad
+    assert labels.tolist() == [index % 10 for index in range(60)]
+
+
 def test_adapters_cannot_learn_new_classes(job, tmp_path, monkeypatch):
     job["model"]["num_classes"], job["training"]["lora_rank"] = 3, 2
-    monkeypatch.setattr(train, "load_images", lambda *args, **kwargs: pytest.fail("images were read"))
+    monkeypatch.setattr(job_config, "load_images", lambda *args, **kwargs: pytest.fail("images were read"))
     with pytest.raises(ValueError, match="num_classes=3 are new to prior=.* use lora_rank 0"):
         run_here(job, tmp_path, monkeypatch)
 
@@ -151,7 +204,7 @@ def test_a_finished_run_without_checkpoints_keeps_its_pipeline(job, tmp_path):
 
 def test_controls_want_one_process(job, tmp_path, monkeypatch):
     """What the others left would wait for them for ever, after the budget is spent."""
-    monkeypatch.setattr(train, "load_images", lambda *args, **kwargs: pytest.fail("images were read"))
+    monkeypatch.setattr(job_config, "load_images", lambda *args, **kwargs: pytest.fail("images were read"))
     monkeypatch.setattr(train, "PartialState", lambda: SimpleNamespace(num_processes=2, is_main_process=True))
     with pytest.raises(ValueError, match="one of 2; take the section out, and run examples/evaluate.py"):
         run_here(job, tmp_path, monkeypatch)
@@ -167,7 +220,7 @@ def test_controls_that_fail_leave_a_pipeline_with_its_card(job, tmp_path, monkey
 
 def test_test_images_are_those_of_the_configuration_and_revision_that_are_named(monkeypatch):
     asked = []
-    monkeypatch.setattr(controls, "load_images", lambda *args, **options: asked.append((args, options)) or iter(()))
+    monkeypatch.setattr(job_config, "load_images", lambda *args, **options: asked.append((args, options)) or iter(()))
     section = {"source": "owner/name", "split": "test", "config_name": "small", "revision": "v1"}
     with pytest.raises(ValueError):
         controls.real_images(section, SpectralImageProcessor(image_size=16, num_channels=1))

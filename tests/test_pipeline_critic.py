@@ -72,7 +72,7 @@ def test_a_critic_that_knows_no_classes_chooses_with_labels_and_without(tmp_path
 
 
 def test_attempts_need_labels_with_a_critic_too():
-    with pytest.raises(ValueError, match="attempts=3 must be at least 1; more need class_labels"):
+    with pytest.raises(ValueError, match="attempts=3 need class_labels"):
         pipeline(scales=3, critic=critic())(num_images=2, attempts=3)
 
 
@@ -99,7 +99,7 @@ def test_a_critic_needs_a_card_that_counts_its_run(tmp_path):
     counted = report(COMPOSED)["mechanism"]["earlier_runs"][1]["ledger_head"]
     for run, problem in ((None, "'None'"), ("f" * 64, "'ffffffffffff'"), (counted, None)):
         pipe = pipeline(critic=critic(), attempts=3)
-        pipe.critic.config.private_run = run
+        pipe.critic.config.private_runs = run and [run]
         pipe.save_pretrained(tmp_path / str(run))
         if problem is None:
             assert PrivacyCard(report(COMPOSED)).save(tmp_path / str(run)).verify(tmp_path / str(run)) == []
@@ -113,7 +113,7 @@ def test_a_critic_needs_a_card_that_counts_its_run(tmp_path):
 def test_a_network_of_a_private_run_needs_a_card_that_counts_that_run(tmp_path, part):
     """Also without the critic beside it: what it knows cost as much."""
     pipe = pipeline(super_resolution=super_resolution())
-    getattr(pipe, part).config.private_run = report(COMPOSED)["mechanism"]["earlier_runs"][0]["ledger_head"]
+    getattr(pipe, part).config.private_runs = [report(COMPOSED)["mechanism"]["earlier_runs"][0]["ledger_head"]]
     pipe.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=rf"{part}/config.json names the private run '000.*does not count"):
         PrivacyCard(report()).save(tmp_path)
@@ -124,6 +124,9 @@ def test_a_network_of_a_private_run_needs_a_card_that_counts_that_run(tmp_path, 
     assert alone.checks(tmp_path)["networks are public or counted"] != []
     with pytest.raises(ValueError, match="came out of the private run '000.*publication.publish"):
         getattr(pipe, part).push_to_hub("owner/name")
+    with pytest.raises(ValueError, match="came out of the private run '000.*publication.publish"):
+        getattr(pipe, part).save_pretrained(tmp_path / "alone", push_to_hub=True)
+    assert not (tmp_path / "alone").exists()
 
 
 def test_in_half_precision_the_critic_judges_in_full(tmp_path):

@@ -11,6 +11,7 @@ from hf_spectral_dp import SpectralConfig, SpectralTokenizerForCausalLM
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))  # last: a script there is called evaluate, like a library
 
+import pretrain  # noqa: E402
 from pretrain import go_on  # noqa: E402
 
 
@@ -50,3 +51,16 @@ def test_other_code_words_scales_or_classes_are_refused():
             go_on(with_scales(3) if before is other else with_scales(2), before)
     with pytest.raises(ValueError, match="9 classes"):
         go_on(with_scales(3), with_scales(2, num_classes=9))
+
+
+@pytest.mark.parametrize("option", ["--codec", "--start"])
+def test_a_public_prior_starts_from_public_weights(tmp_path, monkeypatch, option):
+    tiny_model().save_pretrained(tmp_path / "public")
+    private = tiny_model()
+    private.config.private_runs = ["ab" * 32]
+    private.save_pretrained(tmp_path / "private")
+    folders = {"--codec": tmp_path / "public", option: tmp_path / "private"}
+    given = ["--public", "nowhere", "--out", "out", *(str(word) for pair in folders.items() for word in pair)]
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *given])
+    with pytest.raises(ValueError, match=f"{option} .* came out of the private run 'abababababab'"):
+        pretrain.main()

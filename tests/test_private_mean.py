@@ -84,8 +84,9 @@ def test_detail_learns_from_public_photos_and_the_card_says_so(with_photos, job,
     assert names[-2:] == ["learning the detail", "choosing among samples"]
     pipe = DPSpectralPipeline.from_pretrained(out / "pipeline")
     heads = [run["ledger_head"] for run in report["mechanism"]["earlier_runs"]]
-    assert [pipe.critic.config.private_run, pipe.super_resolution.config.private_run] == 2 * heads
-    assert pipe.model.config.private_run == report["accounting"]["ledger"]["head"]
+    own = report["accounting"]["ledger"]["head"]
+    assert pipe.critic.config.private_runs == heads and pipe.model.config.private_runs == [own]
+    assert pipe.super_resolution.config.private_runs == [*heads, own]
     learned = SpectralSuperResolution.from_pretrained(out / "super_resolution").state_dict()
     public = SpectralSuperResolution.from_pretrained(tmp_path / "detail").state_dict()
     used = pipe.super_resolution.state_dict()
@@ -136,11 +137,11 @@ def test_photos_that_cannot_be_read_or_named_end_the_run_before_it_spends(
 
 
 def test_private_training_cannot_start_from_what_another_mean_shaped(with_photos, tmp_path, monkeypatch):
-    enlarging(private_run="ab" * 32).save_pretrained(tmp_path / "detail")
+    enlarging(private_runs=["ab" * 32]).save_pretrained(tmp_path / "detail")
     with pytest.raises(ValueError, match="model.super_resolution=.* came out of the private run 'abababababab'"):
         run_here(with_photos, tmp_path, monkeypatch)
     taught = of_half_the_side().with_classes(10)
-    taught.config.private_run = "cd" * 32
+    taught.config.private_runs = ["cd" * 32]
     taught.save_pretrained(tmp_path / "prior")
     with pytest.raises(ValueError, match="model.prior=.* came out of the private run 'cdcdcdcdcdcd'"):
         run_here(with_photos, tmp_path, monkeypatch)

@@ -11,9 +11,9 @@ from PIL import Image
 from test_mean_critic import knowing
 
 from hf_spectral_dp import SpectralConfig, SpectralTokenizerForCausalLM, super_resolution_training
+from hf_spectral_dp.private_marks import UNRECORDED
 from hf_spectral_dp.super_resolution import SpectralSuperResolution, SpectralSuperResolutionConfig
 from hf_spectral_dp.super_resolution_training import (
-    UNRECORDED,
     Coarse,
     Discriminator,
     Schedule,
@@ -154,7 +154,10 @@ def test_mending_learns_from_images_of_the_private_mean_and_leaves_all_else_as_i
         assert all(torch.equal(value, kept[name]) for name, value in part.state_dict().items())
     pairs = zip(mended.parameters(), public.parameters(), strict=True)
     assert any(not torch.equal(a, b) for a, b in pairs) and not mended.training
-    assert mended.config.private_run == UNRECORDED and public.config.private_run is None
+    assert mended.config.private_runs == [UNRECORDED] and public.config.private_runs is None
+    for part, run in ((critic, "aa"), (model, "bb"), (public, "cc")):
+        part.config.private_runs = [run]
+    assert mend_towards(critic, public, model, images, 0.7, schedule).config.private_runs == ["aa", "bb", "cc"]
 
 
 def test_without_a_mean_all_images_are_alike():

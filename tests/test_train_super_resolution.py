@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_model
 from PIL import Image
 from transformers import AutoModelForImageToImage
 
@@ -78,14 +79,26 @@ def test_going_on_without_a_judge_is_refused(monkeypatch, capsys):
     assert "--start folder without --adversarial" in capsys.readouterr().err
 
 
-def test_a_network_that_a_private_mean_shaped_is_no_start(tmp_path, monkeypatch, capsys):
-    config = train_super_resolution.SpectralSuperResolutionConfig(features=4, num_blocks=1, private_run="ab" * 32)
+def test_a_network_that_a_private_mean_shaped_is_no_start(tmp_path, monkeypatch):
+    config = train_super_resolution.SpectralSuperResolutionConfig(features=4, num_blocks=1, private_runs=["ab" * 32])
     train_super_resolution.SpectralSuperResolution(config).save_pretrained(tmp_path / "mended")
     given = ["--public", "nowhere", "--adversarial", "0.1", "--start", str(tmp_path / "mended"), "--out", "out"]
     monkeypatch.setattr(sys, "argv", ["train_super_resolution.py", *given])
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match="--start .* came out of the private run 'abababababab'"):
         train_super_resolution.main()
-    assert "is made for {" in (said := capsys.readouterr().err) and "'private_run': 'abab" in said
+
+
+@pytest.mark.parametrize("option", ["--codec", "--prior"])
+def test_no_private_model_shapes_a_public_network(tmp_path, monkeypatch, option):
+    tiny_model().save_pretrained(tmp_path / "public")
+    private = tiny_model()
+    private.config.private_runs = ["ab" * 32]
+    private.save_pretrained(tmp_path / "private")
+    folders = {"--codec": tmp_path / "public", "--prior": tmp_path / "public", option: tmp_path / "private"}
+    given = ["--public", "nowhere", "--out", "out", *(str(word) for pair in folders.items() for word in pair)]
+    monkeypatch.setattr(sys, "argv", ["train_super_resolution.py", *given])
+    with pytest.raises(ValueError, match=f"{option} .* came out of the private run 'abababababab'"):
+        train_super_resolution.main()
 
 
 def test_a_network_of_another_task_is_refused_before_any_image_is_read(tmp_path, monkeypatch, capsys):

@@ -158,7 +158,8 @@ def test_nothing_private_is_logged_or_stored(tmp_path):
     allowed = {"learning_rate", "epoch", "epsilon", "step", "train_runtime", "train_steps_per_second"}
     assert all(set(entry) <= allowed for entry in trainer.state.log_history)
     assert set(output.metrics) <= allowed and np.isnan(output.training_loss)
-    for path in tmp_path.glob("checkpoint-*/trainer_state.json"):
+    assert len(states := list(tmp_path.glob("checkpoint-*/trainer_state.json"))) == 2
+    for path in states:
         text = path.read_text()
         assert not re.search(r'"(loss|train_loss|grad_norm|eval_loss)"', text)
         assert json.loads(text)["total_flos"] == 0
@@ -195,6 +196,34 @@ def test_an_interrupted_run_reaches_its_end(tmp_path):
     again.train(resume_from_checkpoint=True)
     # Charged: two saved steps, two lost ones, two more.
     assert again.state.global_step == 4 and read_ledger(tmp_path / LEDGER)["charged"] == 6
+
+
+def test_every_copy_of_a_private_model_is_marked(tmp_path):
+    """Also of a run that did not end: whoever takes a checkpoint, or what lies in memory, has private weights."""
+    args = {"save_strategy": "steps", "save_steps": 2}
+    trainer = DPTrainer(model := tiny_model(), arguments(tmp_path, **args), Rows())
+    charge = trainer._charge
+    trainer._charge = lambda: 1 / 0 if trainer._charged == 5 else charge()
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    heads = read_ledger(tmp_path / LEDGER)["heads"]
+    assert len(heads) == 6 and model.config.private_runs == [heads[5]]
+    for step in (2, 4):
+        config = json.loads((tmp_path / f"checkpoint-{step}" / "config.json").read_text())
+        assert config["private_runs"] == [heads[step]]
+    DPTrainer(model, arguments(tmp_path, **args), Rows()).train(resume_from_checkpoint=True)  # its own run may go on
+    assert model.config.private_runs == [read_ledger(tmp_path / LEDGER)["head"]]
+
+
+def test_what_a_private_run_made_is_trained_on_only_if_that_run_counts(tmp_path):
+    DPTrainer(model := tiny_model(), arguments(tmp_path / "first"), Rows()).train()
+    (head,) = model.config.private_runs
+    with pytest.raises(ValueError, match=f"came out of the private run '{head[:12]}', and nothing here would count"):
+        DPTrainer(model, arguments(tmp_path / "second"), Rows()).train()
+    assert not (tmp_path / "second" / LEDGER).exists() and model.config.private_runs == [head]
+    counted = arguments(tmp_path / "third", target_epsilon=12.0, earlier_ledgers=[str(tmp_path / "first" / LEDGER)])
+    DPTrainer(model, counted, Rows()).train()
+    assert model.config.private_runs == [read_ledger(tmp_path / "third" / LEDGER)["head"]]
 
 
 def test_a_ledger_is_never_ignored(tmp_path):

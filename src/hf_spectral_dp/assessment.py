@@ -175,6 +175,13 @@ def assess(
         raise ValueError(f"seeds={seeds} trainings of steps={steps} make no classifier; give at least 1 of each.")
     for given in filter(None, (real, training, private_validation)):
         given.check_fits(config)
+    if (private_validation is None) != (selection_epsilon is None):
+        raise ValueError(
+            f"selection_epsilon={selection_epsilon} {'with' if private_validation else 'without'} private_validation:"
+            " give both, or neither to choose on generated images, which costs nothing."
+        )
+    if private_validation is not None and private_validation.labels is None:
+        raise ValueError(f"{private_validation.name} has no labels; validation needs them.")
     if twin is not None:
         _with_model(pipeline, twin)
     left_out: dict[str, str] = {}
@@ -189,8 +196,7 @@ def assess(
     else:
         validation = None
         if private_validation is not None:
-            if private_validation.labels is None:
-                raise ValueError(f"{private_validation.name} has no labels; validation needs them.")
+            assert private_validation.labels is not None  # checked
             validation = crop(private_validation.pixels, "pt") * 2 - 1, private_validation.labels
         utility = classifier_utility(
             images, labels, heldout, real.labels, private_validation=validation, selection_epsilon=selection_epsilon,
@@ -267,6 +273,15 @@ def draw_images(
         batch_size=batch_size,
     )  # fmt: skip
     return drawn.images.cpu() * 2 - 1, labels
+
+
+@torch.no_grad()
+def shown(pipeline: DPSpectralPipeline, tokens: Tensor, batch_size: int = _CHUNK) -> Tensor:
+    """What rows of tokens (N, T) can show at best: images on the CPU in [-1, 1], with all detail and without border."""
+    model, processor = pipeline.model, pipeline.image_processor
+    size, detail = model.config.image_size, pipeline.super_resolution
+    parts = (upscale_to(size, detail, model.decode(some.to(model.device))) for some in tokens.split(batch_size))
+    return torch.cat([processor.postprocess(some, "pt").cpu() * 2 - 1 for some in parts])
 
 
 def _with_model(pipeline: DPSpectralPipeline, model: Any) -> DPSpectralPipeline:
@@ -460,4 +475,4 @@ def _audit_rows(assessment: Assessment, claim: Mapping[str, Any]) -> list[dict[s
     return rows
 
 
-__all__ = ["VERDICTS", "Assessment", "Leakage", "Panel", "assess", "draw_images", "for_the_card"]
+__all__ = ["VERDICTS", "Assessment", "Leakage", "Panel", "assess", "draw_images", "for_the_card", "shown"]

@@ -27,8 +27,8 @@ class SpectralConfig(LlamaConfig):
         max_text_tokens: K, text states per caption or prompt; longer texts are cut.
         text_dropout: share of the training rows, drawn anew and independently at each use, whose text is left out, so
             that the model learns the empty condition too. 0 rules classifier-free guidance out.
-        private_run: None for a public model. Else the head of the ledger of the private run that it came out of, as
-            `DPTrainer` writes it: a card must count that run.
+        private_runs: None for a public model. Else the heads of the ledgers of the private runs that it came out of: a
+            card must count them, see `private_marks`.
 
     `vocab_size` follows from these: all codes, one token per class, one null token (also the unconditional start and
     `bos_token_id`).
@@ -49,7 +49,7 @@ class SpectralConfig(LlamaConfig):
     text_width: int = 0
     max_text_tokens: int = 32
     text_dropout: float = 0.1
-    private_run: str | None = None
+    private_runs: list[str] | None = None
 
     hidden_size: int = 128
     intermediate_size: int = 352

@@ -27,17 +27,21 @@ class CriticConfig(PreTrainedConfig):
     Args:
         num_classes: that the critic tells apart; 0 if it knows none.
         network: fields of the `PublicFeatureConfig` of its public network.
-        private_run: head of the ledger of the private run that trained it, as `DPTrainer` writes it; None before.
+        private_runs: None before private training; after it, heads of the ledgers of its runs, see `private_marks`.
     """
 
     model_type = "spectral_critic"
 
     def __init__(
-        self, num_classes: int = 0, network: dict[str, Any] | None = None, private_run: str | None = None, **kwargs: Any
+        self,
+        num_classes: int = 0,
+        network: dict[str, Any] | None = None,
+        private_runs: list[str] | None = None,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.num_classes = num_classes
-        self.private_run = private_run
+        self.private_runs = private_runs
         self.network = network or {}
 
 

@@ -84,8 +84,7 @@ class FeatureRows(RowsInMemory):
 
     def __init__(self, store: TokenStore, model: SpectralTokenizerForCausalLM, features: Features):
         first, seen = features_of_rows(store, features)
-        labels = torch.where(first == model.config.null_token_id, -1, first - model.config.layout.codes)
-        super().__init__(torch.cat([labels[:, None].float(), seen], 1))
+        super().__init__(torch.cat([model.labels_of(first)[:, None].float(), seen], 1))
         self.units, self.unit = store.units, store.unit
 
 

@@ -272,8 +272,13 @@ def decode_image(value: Any, max_pixels: int = MAX_PIXELS) -> Any:
 
 
 def readable(rows: Iterable[Mapping[str, Any]], image_column: str) -> Iterator[tuple[Any, Mapping[str, Any]]]:
-    """Every row whose image can be decoded, behind that image; the others are passed over. See `undecoded`."""
-    for row in rows:
+    """Every row whose image can be decoded, behind that image; the others are passed over.
+
+    Args:
+        rows: a data set of `datasets`, as `load_images` gives it, or rows with images that `decode_image` takes.
+        image_column: where they lie.
+    """
+    for row in undecoded(rows):
         try:
             image = decode_image(row[image_column])
         except UndecodableImageError:

@@ -303,12 +303,10 @@ class SpectralTokenizerForCausalLM(HubModel, PreTrainedModel, GenerationMixin):
         length = self.config.layout.length if num_tokens is None else num_tokens
         if not 0 <= length <= self.config.layout.length:
             raise ValueError(f"num_tokens={num_tokens} must be in [0, {self.config.layout.length}].")
-        temperatures = self._temperatures(temperature)
-        if not 0 < top_p <= 1 or top_k < 0:
-            raise ValueError(f"sampling needs top_p={top_p} in (0, 1], top_k={top_k} >= 0.")
+        temperatures = self.check_sampling(guidance_scale, temperature, top_k, top_p, attempts)
         self._check_condition(class_labels, text_states, negative_text_states, guidance_scale)
-        if attempts < 1 or (attempts > 1 and (class_labels is None or 0 < length < self.config.layout.length)):
-            raise ValueError(f"attempts={attempts} must be at least 1; more need class_labels and all tokens.")
+        if attempts > 1 and (class_labels is None or 0 < length < self.config.layout.length):
+            raise ValueError(f"attempts={attempts} need class_labels and all tokens; use 1 without.")
         if self.training and self.is_gradient_checkpointing:  # it drops the key-value cache: each token would be blind
             raise ValueError("the model trains with gradient checkpointing; call model.eval() before sampling.")
         current = self.start_tokens(class_labels, num_samples if text_states is None else len(text_states))
@@ -352,6 +350,10 @@ class SpectralTokenizerForCausalLM(HubModel, PreTrainedModel, GenerationMixin):
                 drawn[wrong] = others[wrong[again]]
         return drawn
 
+    def labels_of(self, start_tokens: Tensor) -> Tensor:
+        """Class labels of start tokens, the inverse of `start_tokens`; -1 for the null token."""
+        return torch.where(start_tokens == self.config.null_token_id, -1, start_tokens - self.config.layout.codes)
+
     @torch.no_grad()
     def class_probabilities(self, tokens: Tensor) -> Tensor:
         """How likely the model finds each class for token sequences (B, layout.length): a Tensor (B, num_classes).
@@ -368,14 +370,28 @@ class SpectralTokenizerForCausalLM(HubModel, PreTrainedModel, GenerationMixin):
         losses = torch.stack([self.per_example_loss(some) for some in rows], 1)
         return (-losses.float() * self.config.layout.length).softmax(1)
 
-    def _temperatures(self, given: float | Sequence[float]) -> list[float]:
-        """One per scale."""
+    def check_sampling(
+        self, guidance_scale: float, temperature: float | Sequence[float], top_k: int, top_p: float, attempts: int
+    ) -> list[float]:
+        """Refuses values with which no call of `sample` could be made.
+
+        Returns:
+            The temperature of every scale.
+
+        Raises:
+            ValueError: a value out of range.
+        """
         scales = len(self.config.layout.scales)
-        found = [given] * scales if isinstance(given, (int, float)) else list(given)
+        found = [temperature] * scales if isinstance(temperature, (int, float)) else list(temperature)
         if len(found) != scales or not all(each > 0 for each in found):
             raise ValueError(
-                f"temperature={given} must be > 0: one number, or {scales} of them, one per scale, coarse to fine."
+                f"temperature={temperature} must be > 0: one number, or {scales} of them, one per scale, coarse to"
+                " fine."
             )
+        if not 0 < top_p <= 1 or top_k < 0:
+            raise ValueError(f"sampling needs top_p={top_p} in (0, 1], top_k={top_k} >= 0.")
+        if not math.isfinite(guidance_scale) or attempts < 1:
+            raise ValueError(f"guidance_scale={guidance_scale} must be finite, attempts={attempts} at least 1.")
         return found
 
     def _check_condition(
@@ -385,10 +401,10 @@ class SpectralTokenizerForCausalLM(HubModel, PreTrainedModel, GenerationMixin):
         if text is not None and class_labels is not None:
             raise ValueError("class_labels and text_states are both given; a sample has one condition.")
         guided, conditional = guidance_scale != 1.0, text is not None or class_labels is not None
-        if not math.isfinite(guidance_scale) or (guided and not conditional):
+        if guided and not conditional:
             raise ValueError(
-                f"guidance_scale={guidance_scale} must be finite and needs class_labels or text_states; use 1.0 to"
-                " sample without condition."
+                f"guidance_scale={guidance_scale} needs class_labels or text_states; use 1.0 to sample without"
+                " condition."
             )
         if guided and text is not None and negative_text is None and not self.config.text_dropout:
             raise ValueError(

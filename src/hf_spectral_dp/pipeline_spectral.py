@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
@@ -28,8 +28,8 @@ from .text_encoder import check_text_encoder, encode_text
 
 Upscaling = Literal["model", "none", "nearest", "bicubic", "lanczos"]
 OutputType = Literal["pil", "np", "pt", "latent"]
-UPSCALING_MODES = ("model", "none", *RESAMPLING_MODES)
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+UPSCALING_MODES = get_args(Upscaling)
+OUTPUT_TYPES = get_args(OutputType)
 SAMPLING_VALUES = ("guidance_scale", "temperature", "top_k", "top_p", "attempts")
 """What a pipeline saves of how its model is sampled; the arguments of its call of the same names."""
 
@@ -90,6 +90,7 @@ class DPSpectralPipeline(DiffusionPipeline):
                     " the training images went through."
                 )
         model.eval()
+        model.check_sampling(guidance_scale, temperature, top_k, top_p, attempts)
         if super_resolution is not None:
             _check_scale(upscaler(super_resolution), model.config)
             _check_channels(super_resolution, model.config)
@@ -404,8 +405,8 @@ class DPSpectralPipeline(DiffusionPipeline):
                 progress.update(count)
 
         # 3. Add the detail. All batches are sampled by now, so that offloading moves each model once.
-        while enlarge is not None and batches[0].shape[-1] < config.image_size:
-            batches = [enlarge(images, **self._tiling) for images in batches]
+        if enlarge is not None:
+            batches = [upscale_to(config.image_size, enlarge, images, **self._tiling) for images in batches]
         images = torch.cat(batches)
 
         # 4. Crop the border and convert.
@@ -420,8 +421,8 @@ class DPSpectralPipeline(DiffusionPipeline):
         """Of several coarse images (B, C, s, s) in every place, the one that the critic chooses at full size."""
         if len(candidates) == 1:
             return candidates[0]
-        enlarge = "bicubic" if self.super_resolution is None else self.super_resolution
-        shown = [upscale_to(self.model.config.image_size, enlarge, images) for images in candidates]
+        size = self.model.config.image_size
+        shown = [upscale_to(size, self.super_resolution, images, **self._tiling) for images in candidates]
         best = self.critic.choose(shown, labels, generator)
         return torch.stack(candidates, 1)[torch.arange(len(best), device=best.device), best]
 

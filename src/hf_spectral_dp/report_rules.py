@@ -140,9 +140,24 @@ def _not_plain(report: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _against_schema(report: dict[str, Any]) -> list[str]:
+def check_words(words: Mapping[str, Any]) -> None:
+    """Refuses parts of a report that a publisher writes, before there is a run to report.
+
+    Args:
+        words: some of the report's fields, by name.
+
+    Raises:
+        ValueError: one that no report could hold, naming the field, its value and the rule.
+    """
+    schema = {"$defs": SCHEMA["$defs"], "properties": {name: SCHEMA["properties"][name] for name in words}}
+    plain = dict(words)
+    if problems := _not_plain(plain) or _against_schema(plain, _VALIDATOR.evolve(schema=schema)):
+        raise ValueError(f"no privacy report could say that: {'; '.join(problems)}.")
+
+
+def _against_schema(report: dict[str, Any], validator: Any = _VALIDATOR) -> list[str]:
     problems = []
-    for error in _VALIDATOR.iter_errors(report):
+    for error in validator.iter_errors(report):
         key = tuple(error.absolute_path)
         if error.validator == "required":
             missing = [(*key, name) for name in error.validator_value if name not in error.instance]

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .private_marks import marks
+
 REPORT_NAME = "privacy.json"
 
 
@@ -24,6 +26,31 @@ class HubModel:
             )
         return super().from_pretrained(*args, use_safetensors=True, **kwargs)  # type: ignore[misc]
 
+    def save_pretrained(
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,
+        state_dict: dict | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "50GB",
+        variant: str | None = None,
+        save_peft_format: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """As in transformers; with `push_to_hub`, what `push_to_hub` refuses is refused before anything is saved.
+
+        All arguments are named, since diffusers looks which ones a model knows.
+
+        Raises:
+            ValueError: as `push_to_hub`.
+        """
+        if push_to_hub:
+            self._check_public()
+        super().save_pretrained(  # type: ignore[misc]
+            save_directory, is_main_process, state_dict, push_to_hub, max_shard_size, variant,
+            save_peft_format=save_peft_format, **kwargs,
+        )  # fmt: skip
+
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, for models that saw no private data: the README is a stock one, and there is no card.
 
@@ -31,10 +58,14 @@ class HubModel:
             ValueError: the model was loaded from a folder with a privacy card, which would stay behind, or its config
                 names a private run.
         """
-        if run := getattr(self.config, "private_run", None):  # type: ignore[attr-defined]
+        self._check_public()
+        return super().push_to_hub(*args, **kwargs)  # type: ignore[misc]
+
+    def _check_public(self) -> None:
+        if found := marks(self):
             raise ValueError(
-                f"the model came out of the private run {run[:12]!r}, and no card would say what that cost; save it"
-                " with its PrivacyCard, and upload both by publication.publish(folder, repo_id)."
+                f"the model came out of the private run {found[0][:12]!r}, and no card would say what that cost; save"
+                " it with its PrivacyCard, and upload both by publication.publish(folder, repo_id)."
             )
         folder = Path(self.name_or_path)  # type: ignore[attr-defined]
         for place in (folder, folder.parent):
@@ -43,7 +74,6 @@ class HubModel:
                     f"{str(place)!r} holds a privacy card, which would stay behind; upload both by"
                     " publication.publish(folder, repo_id), or by push_to_hub of the pipeline."
                 )
-        return super().push_to_hub(*args, **kwargs)  # type: ignore[misc]
 
 
 def check_index(path: str | Path, class_name: str) -> None:

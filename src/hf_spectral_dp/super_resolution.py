@@ -37,8 +37,8 @@ class SpectralSuperResolutionConfig(PreTrainedConfig):
         num_blocks: residual blocks.
         keep_average: True makes block means of the output equal the input, for inputs that are exact area averages.
             False lets the network also mend the input, for one trained on what a codec makes of images.
-        private_run: None for a public network. Else the head of the ledger of the private run whose mean weighed what
-            it learned from (`mend_towards`): a card must count that run.
+        private_runs: None for a public network. Else the heads of the ledgers of the private runs that shaped it
+            (`mend_towards`): a card must count them, see `private_marks`.
 
     Raises:
         ValueError: a field out of range, naming it, its value and the rule.
@@ -51,7 +51,7 @@ class SpectralSuperResolutionConfig(PreTrainedConfig):
     features: int = 32
     num_blocks: int = 5
     keep_average: bool = True
-    private_run: str | None = None
+    private_runs: list[str] | None = None
 
     def __post_init__(self, **kwargs):
         if self.num_channels not in (1, 3):
@@ -267,10 +267,17 @@ def upscale(backend: Any, images: Tensor, scale: int | None = None, **options: A
     return upscaler(backend, scale, **options)(images)
 
 
-def upscale_to(side: int, backend: Any, images: Tensor) -> Tensor:
-    """Enlarges images (B, 1 or 3, h, w) by `upscale` as often as it takes until they are at least `side` wide."""
-    while images.shape[-1] < side:
-        images = upscale(backend, images)
+def upscale_to(side: int, backend: Any, images: Tensor, **tiling: int) -> Tensor:
+    """Enlarges images (B, 1 or 3, h, w) as often as it takes until they are at least `side` wide.
+
+    Args:
+        backend: as `upscaler` takes it; None is "bicubic".
+        tiling: `tile_size` and `tile_overlap`, see `Upscaler`.
+    """
+    if images.shape[-1] < side:
+        enlarge = upscaler("bicubic" if backend is None else backend)
+        while images.shape[-1] < side:
+            images = enlarge(images, **tiling)
     return images
 
 

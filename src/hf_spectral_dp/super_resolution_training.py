@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from .codec import SpectralCodec
 from .mean_critic import MeanCritic
 from .modeling_spectral import SpectralTokenizerForCausalLM
+from .private_marks import UNRECORDED, marks
 from .super_resolution import SpectralSuperResolution, upscale_to
 
 
@@ -275,8 +276,6 @@ MENDING = Schedule(
     steps=1_600, batch_size=16, learning_rate=2e-4, adversarial=0.03, judge_width=32, goes_on=True, judge_alone=0.08
 )
 """Of `mend_towards`: twenty minutes of a CPU core for the large bundled network."""
-UNRECORDED = "no ledger"
-"""In the place of a ledger's head, where it was not `DPTrainer` that looked at private images: no card counts it."""
 SQUARES = 3  # of every public photo
 MEMORY = 2_000_000_000  # bytes of them
 
@@ -304,8 +303,8 @@ def mend_towards(
     It learns which detail the private images have, as far as public photos have it, too (of faces: skin, eyes, hair),
     and to mend what codec and model do to images. No private image is looked at: what comes out is a function of the
     critic's mean, the model, public images and random numbers, so whatever guarantee covers mean and model together
-    covers it as well. It is no public network any more, as its config says (`private_run`), and no part of a control
-    that stands for epsilon 0.
+    covers it as well. It is no public network any more, as its config says (`private_runs`: those of all three), and no
+    part of a control that stands for epsilon 0.
 
     Args:
         critic: after its private training.
@@ -326,13 +325,12 @@ def mend_towards(
     mended, _ = train_super_resolution(
         copy.deepcopy(network), images, coarse, schedule, critic.odds(torch.cat(features))
     )
-    mended.config.private_run = critic.config.private_run or UNRECORDED
+    mended.config.private_runs = marks(critic, model, network) or [UNRECORDED]
     return mended
 
 
 __all__ = [
     "MENDING",
-    "UNRECORDED",
     "Coarse",
     "Discriminator",
     "Schedule",

@@ -24,10 +24,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from .batches import BatchLoader, count_units
 from .checkpoint_files import CheckpointError, clear_staging, newest_whole, verify
 from .privacy.clipping import PerExampleClipper
-from .privacy.ledger import LedgerError, PrivacyLedger
+from .privacy.ledger import LedgerError, PrivacyLedger, read_ledger
 from .privacy.mechanism import NoisyClippedMean
 from .privacy.noise import system_generator
 from .privacy_report import run_report
+from .private_marks import UNRECORDED, refuse_uncounted
 from .quiet_trainer import QuietTrainer
 from .training_args import DPTrainingArguments
 
@@ -132,8 +133,9 @@ class DPTrainer(QuietTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """Trains, then applies `ema_decay` and `public_interpolation` to the weights of `self.model`.
 
-        The model's config then names the run, as `private_run`, by the head of its ledger: whoever releases the model,
-        or what was made with it, needs a card that counts it.
+        The model's config names the run from its first charge on, in `private_runs`, by the head of its ledger: whoever
+        releases the model, or what was made with it, needs a card that counts it. A checkpoint names the run as it then
+        stood, which no card counts.
 
         Args:
             resume_from_checkpoint: a checkpoint folder, or True for the newest whole one of `output_dir`; True also
@@ -141,7 +143,8 @@ class DPTrainer(QuietTrainer):
                 run goes on: steps that a crash lost stay paid, and repeated ones draw fresh rows and fresh noise.
 
         Raises:
-            ValueError: `get_train_dataloader` was replaced, or a run with sampling="single_pass" is resumed.
+            ValueError: `get_train_dataloader` was replaced, a run with sampling="single_pass" is resumed, or the model
+                came out of a private run that is not among the earlier ones.
             LedgerError: a new run in a folder that already holds a ledger, a resumed run whose ledger is missing,
                 altered, behind the checkpoint, or of another plan or data set, or an earlier run that went on.
             CheckpointError: the checkpoint to resume from is damaged, or there is none and the whole budget is charged,
@@ -163,18 +166,17 @@ class DPTrainer(QuietTrainer):
             checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         try:
             if checkpoint is not None and self._average:
-                self._average = load_file(checkpoint / _AVERAGE)
+                saved = load_file(checkpoint / _AVERAGE)
+                self._average = {name: saved[name].to(value.device) for name, value in self._average.items()}
             output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
         finally:
             if self._ledger is not None:
                 self._ledger.close()
         self._postprocess()
-        config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
-        if config is not None:
-            head = [self._head]
-            if self.args.world_size > 1:  # only the first process has it
-                dist.broadcast_object_list(head, 0, device=self.args.device)
-            config.private_run = head[0]
+        head = [self._head]
+        if self.args.world_size > 1:  # only the first process has it
+            dist.broadcast_object_list(head, 0, device=self.args.device)
+        self._mark(head[0])
         return TrainOutput(output.global_step, float("nan"), self.publishable(output.metrics))
 
     def get_train_dataloader(self) -> Any:
@@ -250,6 +252,10 @@ class DPTrainer(QuietTrainer):
                 "earlier_ledgers were charged since this trainer was made, so its plan counts too little; let those"
                 " runs end, then make the trainer again."
             )
+        known = [run["ledger_head"] for run in self._earlier]
+        if resume and (folder / LEDGER).exists():
+            known += read_ledger(folder / LEDGER)["heads"]  # the model may be what this very run left in memory
+        refuse_uncounted("the model", self.accelerator.unwrap_model(self.model), known)
         header = {
             "plan": self.plan.to_dict(),
             "clipping_norm": self.args.clipping_norm,
@@ -292,6 +298,13 @@ class DPTrainer(QuietTrainer):
             return charged
 
         self._charged = self.on_first(charge)
+        self._mark(self._head or UNRECORDED)  # only the first process has the head, and only it saves
+
+    def _mark(self, run: str) -> None:
+        """Writes into the model's config, which every saved copy carries, that private rows shaped it."""
+        config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
+        if config is not None:
+            config.private_runs = [run]
 
     @torch.no_grad()
     def _follow(self) -> None:

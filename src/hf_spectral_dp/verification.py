@@ -89,14 +89,23 @@ def ledger_contradictions(report: Mapping[str, Any], path: str | Path | None = N
     if ledger["charged"] != charged:
         found.append(f"{path} holds {ledger['charged']} charges, but mechanism.charged_steps={charged}.")
     mechanism = report["mechanism"]
-    sealed = [{name: run[name] for name in ("clipping_norm", "ledger_head")} for run in mechanism["earlier_runs"]]
     implied = _spent(
-        {"plan": plan_of(report).to_dict(), "clipping_norm": mechanism["clipping_norm"], "earlier_runs": sealed}
+        {
+            "plan": plan_of(report).to_dict(),
+            "clipping_norm": mechanism["clipping_norm"],
+            "earlier_runs": mechanism["earlier_runs"],
+        }
     )
     header = _spent(ledger["header"])
     for name in sorted(implied):
         if header.get(name) != implied[name]:
             found.append(f"{path} was opened for {name}={header.get(name)}, but the card says {implied[name]}.")
+    runs = [ledger["header"], *ledger["header"].get("earlier_runs", [])]
+    if any(run.get("log_private_loss") for run in runs) and not report["training"]["private_loss_logged"]:
+        found.append(f"{path} says that the loss of private rows was logged, but training.private_loss_logged=False.")
+    generator = report["randomness"]["generator"]
+    if any(run.get("noise") == "philox" for run in runs) and "Philox" not in generator:
+        found.append(f"{path} says that Philox drew the noise, but randomness.generator={generator!r}.")
     return found
 
 
@@ -109,7 +118,10 @@ def _spent(header: Mapping[str, Any]) -> dict[str, Any]:
         **{name: plan[name] for name in plan if name != "target_epsilon"},
         "clipping_norm": header.get("clipping_norm"),
         "earlier": earlier,
-        "earlier_runs": header.get("earlier_runs", []),
+        # A card keeps the marks of looser runs elsewhere, under training and randomness.
+        "earlier_runs": [
+            {name: run.get(name) for name in ("clipping_norm", "ledger_head")} for run in header.get("earlier_runs", [])
+        ],
     }
 
 
@@ -128,8 +140,8 @@ def file_contradictions(report: Mapping[str, Any], folder: Path) -> list[str]:
     return problems
 
 
-def private_runs(folder: Path) -> dict[str, str]:
-    """Which private run each network of a folder names, in its config, by the head of a ledger; none for public ones.
+def private_runs(folder: Path) -> dict[str, list[str]]:
+    """Which private runs each network of a folder names, in its config, by heads of ledgers; none for public ones.
 
     Returns:
         By the path of the config in the folder. A critic that names no run is there, too: private training made it.
@@ -137,11 +149,12 @@ def private_runs(folder: Path) -> dict[str, str]:
     found = {}
     for path in sorted([*folder.glob("config.json"), *folder.glob("*/config.json")]):
         try:
-            run = json.loads(path.read_bytes()).get("private_run")
+            runs = json.loads(path.read_bytes()).get("private_runs")
         except (OSError, ValueError, AttributeError):  # none that can be loaded
             continue
-        if run is not None or path.parent.name == "critic":
-            found[path.relative_to(folder).as_posix()] = str(run)
+        if runs or path.parent.name == "critic":
+            named = runs if isinstance(runs, list) else [runs]
+            found[path.relative_to(folder).as_posix()] = [str(run) for run in named]
     return found
 
 
@@ -152,7 +165,8 @@ def network_contradictions(report: Mapping[str, Any], folder: Path) -> list[str]
     return [
         f"{path} names the private run {run[:12]!r}, which the card does not count; train the model with that run's"
         " ledger in earlier_ledgers, or take a public network."
-        for path, run in private_runs(folder).items()
+        for path, runs in private_runs(folder).items()
+        for run in runs
         if run not in counted
     ]
 

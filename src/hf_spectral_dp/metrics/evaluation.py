@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..image_processing_spectral import SpectralImageProcessor
-from ..image_sources import UndecodableImageError, decode_image
+from ..image_sources import UndecodableImageError, decode_image, undecoded
 from .distances import (
     KernelMatrices,
     band_error,
@@ -217,7 +217,7 @@ def read_images(
         pixels = processor(images)["pixel_values"]
         return (pixels, list(captions)) if caption_column is not None else pixels
 
-    for row in rows:
+    for row in undecoded(rows):
         try:
             images.append(decode_image(row[image_column]))
         except UndecodableImageError:

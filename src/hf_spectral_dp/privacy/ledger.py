@@ -119,8 +119,9 @@ def read_ledger(path: str | Path) -> dict[str, Any]:
     """Verifies a ledger without locking or changing it; works beside a run that is charging it.
 
     Returns:
-        {"header", "max_charges", "charged", "recovered", "head"}. A torn last record counts in `charged` and in
-        `recovered` (charges of which a crash left only a part), while `head` is the hash of the last whole record.
+        {"header", "max_charges", "charged", "recovered", "head", "heads"}. A torn last record counts in `charged` and
+        in `recovered` (charges of which a crash left only a part), while `head` is the hash of the last whole record
+        and `heads` holds those of all, in their order.
 
     Raises:
         LedgerError: the file is missing or altered.
@@ -138,6 +139,7 @@ def read_ledger(path: str | Path) -> dict[str, Any]:
         "charged": chain.charged + torn,
         "recovered": chain.recovered + torn,
         "head": chain.heads[-1],
+        "heads": list(chain.heads),
     }
 
 

@@ -1,0 +1,25 @@
+"""Marks of private runs: joined over networks, and refused where nothing counts them."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from hf_spectral_dp.private_marks import UNRECORDED, marks, refuse_uncounted
+
+
+def network(*runs: str) -> SimpleNamespace:
+    return SimpleNamespace(config=SimpleNamespace(private_runs=list(runs) or None))
+
+
+def test_marks_are_those_of_all_networks_each_once():
+    assert marks(network("a", "b"), network(), network("b", "c"), None, object()) == ["a", "b", "c"]
+    assert marks() == marks(network()) == []
+
+
+def test_every_run_must_be_counted():
+    refuse_uncounted("it", network("a", "b"), {"a", "b", "c"})
+    refuse_uncounted("it", network())
+    with pytest.raises(ValueError, match="^it came out of the private run 'b', .*earlier_ledgers"):
+        refuse_uncounted("it", network("a", "b"), ["a"])
+    with pytest.raises(ValueError, match=UNRECORDED):
+        refuse_uncounted("it", network(UNRECORDED))
