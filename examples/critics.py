@@ -10,6 +10,7 @@ from typing import Any
 from hf_spectral_dp import DPTrainer, DPTrainingArguments
 from hf_spectral_dp.feature_rows import critic_arguments, mean_arguments
 from hf_spectral_dp.token_store import TokenStore
+from hf_spectral_dp.trainer import LEDGER
 from hf_spectral_dp.whole_files import new_folder
 
 
@@ -18,9 +19,12 @@ def private_arguments(section: dict[str, Any], args: DPTrainingArguments, output
     asked = {name: section[name] for name in ("max_steps", "learning_rate") if name in section}
     recipe = mean_arguments if section.get("kind") == "mean" else critic_arguments
     machine = {"use_cpu": args.use_cpu, "secure_mode": args.secure_mode}
-    return recipe(
-        str(output / "critic_training"), section["target_epsilon"], args.target_delta, **machine, **asked
-    )
+    return recipe(str(ledger_of(output).parent), section["target_epsilon"], args.target_delta, **machine, **asked)
+
+
+def ledger_of(output: Path) -> Path:
+    """The ledger of the critic's private run, in the folder of the whole run."""
+    return output / "critic_training" / LEDGER
 
 
 def trained(critic: Any, rows: Any, section: dict[str, Any], args: DPTrainingArguments, output: Path) -> Any:

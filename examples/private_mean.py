@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from critics import trained
+from critics import ledger_of, trained
 from PIL import Image
 from torch import Tensor
 
@@ -30,7 +30,6 @@ from hf_spectral_dp.metrics.public_features import CHECKPOINT
 from hf_spectral_dp.super_resolution import SpectralSuperResolution, upscale_to
 from hf_spectral_dp.super_resolution_training import MENDING, mend_towards, public_squares
 from hf_spectral_dp.token_store import TokenStore
-from hf_spectral_dp.trainer import LEDGER
 from hf_spectral_dp.whole_files import new_folder
 
 
@@ -55,7 +54,7 @@ def mean_of(
         output: the run's folder.
     """  # fmt: skip
     folder = output / "critic"
-    ledger = str(output / "critic_training" / LEDGER)
+    ledger = str(ledger_of(output))
     if folder.exists():
         return MeanCritic.from_pretrained(folder), ledger
     critic = MeanCritic.on(PublicFeatures(section.get("network", CHECKPOINT)).network)

@@ -16,7 +16,7 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast
-from critics import trained
+from critics import ledger_of, trained
 from pretrain import Rows
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -28,7 +28,6 @@ from hf_spectral_dp.metrics.features import PublicFeatures
 from hf_spectral_dp.metrics.public_features import CHECKPOINT
 from hf_spectral_dp.private_marks import marks
 from hf_spectral_dp.token_store import TokenStore, build_token_store
-from hf_spectral_dp.trainer import LEDGER
 from hf_spectral_dp.views import Views
 from hf_spectral_dp.whole_files import new_folder
 
@@ -80,7 +79,7 @@ def taught(
         output: the run's folder.
     """  # fmt: skip
     folder = output / "critic"
-    ledger = str(output / "critic_training" / LEDGER)
+    ledger = str(ledger_of(output))
     if (output / "public_model").exists():
         learned = AutoModelForCausalLM.from_pretrained(output / "public_model")
         return learned, ClassCritic.from_pretrained(folder), ledger

@@ -16,7 +16,7 @@ import yaml
 from conftest import tiny_model
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as Picture
-from test_private_mean import of_half_the_side
+from test_super_resolution_training import of_half_the_side
 
 from hf_spectral_dp import DPSpectralPipeline, PrivacyCard, SpectralImageProcessor
 from hf_spectral_dp.cli import main as cli

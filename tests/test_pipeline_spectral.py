@@ -289,7 +289,7 @@ def test_parts_that_do_not_fit_are_refused():
         DPSpectralPipeline(model, processor, network(channels=3))
     with pytest.raises(ValueError, match="upscales by 4.*coarse_size=8.*image_size=16"):
         DPSpectralPipeline(model, processor, network(scale=4))
-    with pytest.raises(TypeError, match="SpectralTokenizerForCausalLM.*no integer `scale`"):
+    with pytest.raises(TypeError, match="SpectralTokenizerForCausalLM.*no integer `upscale`"):
         DPSpectralPipeline(model, processor, coarse_model())
     with pytest.raises(TypeError, match="merge_and_unload"):
         DPSpectralPipeline(torch.nn.Sequential(model), processor)

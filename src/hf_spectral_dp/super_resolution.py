@@ -329,7 +329,7 @@ def _transformers_upscaler(backend: Callable[..., Any], model: PreTrainedModel) 
     scale = getattr(model.config, "upscale", None)
     if not isinstance(scale, int):
         raise TypeError(
-            f"super_resolution is a {name}, whose config has no integer `scale` or `upscale`; use"
+            f"super_resolution is a {name}, whose config has no integer `upscale`; use"
             " SpectralSuperResolution or Swin2SRForImageSuperResolution."
         )
 
