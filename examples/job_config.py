@@ -46,17 +46,16 @@ class _Loader(yaml.SafeLoader):
     """Refuses a key that is given twice: of two `earlier_ledgers` PyYAML would silently keep the last."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        found = super().construct_mapping(node, deep)
-        if len(found) < len(node.value):
-            names = [self.construct_object(key) for key, _ in node.value]
-            twice = sorted({str(name) for name in names if names.count(name) > 1})
+        merged = "tag:yaml.org,2002:merge"  # a field that is merged may be given anew
+        names = [key.value for key, _ in node.value if key.tag != merged]
+        if twice := sorted({str(name) for name in names if names.count(name) > 1}):
             raise ValueError(f"{', '.join(twice)} stands twice{node.start_mark}; give each field once.")
-        return found
+        return super().construct_mapping(node, deep)
 
 
 def read_config(path: str) -> dict[str, Any]:
     """The YAML file; unknown and missing sections and fields are refused by name."""
-    config = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # noqa: S506  # a SafeLoader
+    config = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     if unknown := set(config) - set(FIELDS) - {"output"}:
         raise ValueError(f"{path}: unknown sections {sorted(unknown)}; the known ones are output, {', '.join(FIELDS)}.")
     for section, fields in FIELDS.items():

@@ -6,7 +6,7 @@ Streams the images once into token rows, fine-tunes the public model on them wit
 super-resolution model, and writes to the config's `output` folder:
 
     pipeline/    a DPSpectralPipeline with privacy.json, README.md (the card) and samples.png: this may be published
-    tokens/      the token rows, as private as the images
+    tokens/      the token rows, as private as the images; tokens.json says of which data
     training/    checkpoints and the privacy ledger; keep them together and private
 
 With a `critic` section, a small part of the budget goes into a critic that chooses among the images drawn: by the mean

@@ -117,7 +117,6 @@ def test_images_in_pipeline_and_card_out(job, tmp_path):
         ("sampling", "temperature", [1.0] * 7, "temperature=.* must be > 0: one number, or"),
         ("sampling", "attempts", 0, "attempts=0 at least 1"),
         ("sampling", "guidance_scale", float("inf"), "guidance_scale=inf must be finite"),
-        ("model", "num_classes", 11, "num_classes=11 are new to"),
         ("card", "tuning_data", "validation", "hyperparameter_tuning.data='validation': .*none, public"),
         ("card", "license", "", "license=''"),
         ("card", "outside_guarantee", "a look", "card.outside_guarantee is a list"),
@@ -144,6 +143,9 @@ def test_a_field_that_stands_twice_is_refused(tmp_path):
     (tmp_path / "twice.yaml").write_text("training:\n  earlier_ledgers: [a]\n  earlier_ledgers: [b]\n")
     with pytest.raises(ValueError, match="earlier_ledgers stands twice"):
         job_config.read_config(str(tmp_path / "twice.yaml"))
+    (tmp_path / "merged.yaml").write_text("data: &same\n  split: a\nevaluation:\n  <<: *same\n  split: b\n")
+    with pytest.raises(ValueError, match="data lacks"):  # another error: a field that was merged may be given anew
+        job_config.read_config(str(tmp_path / "merged.yaml"))
 
 
 def test_coarse_tokens_need_a_network(job, tmp_path, monkeypatch):
