@@ -39,7 +39,7 @@ class LiteFeatures:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        larger = F.interpolate(images, 2 * (self.side,), mode="bicubic", antialias=True, align_corners=False)
+        larger = F.interpolate(images, self.side, mode="bicubic", antialias=True, align_corners=False)
         levels = (larger.clamp(-1, 1) + 1) * 127.5
         return self.network.extract_features((levels.expand(-1, 3, -1, -1) - 127) / 128).mean((2, 3))
 

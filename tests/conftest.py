@@ -1,6 +1,7 @@
 """Fixtures that several test files share: one thread, no network, a tiny model with a usable codec."""
 
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face import: no test may reach for the network
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -35,6 +36,16 @@ def tiny_model(num_channels: int = 1, num_classes: int = 10) -> SpectralTokenize
     for index in range(3):
         model.codec.codebook(index).normal_(std=2.0, generator=generator)
     return model
+
+
+def one_private(folder: Path, private: str, *public: str) -> list[str]:
+    """Options of a script that name models in a folder: one that a private run made, public ones for the others."""
+    for name, runs in (("public", None), ("private", ["ab" * 32])):
+        model = tiny_model()
+        model.config.private_runs = runs
+        model.save_pretrained(folder / name)
+    named = dict.fromkeys(public, folder / "public") | {private: folder / "private"}
+    return [str(word) for pair in named.items() for word in pair]
 
 
 def wild(model: SpectralTokenizerForCausalLM, std: float = 0.4) -> SpectralTokenizerForCausalLM:

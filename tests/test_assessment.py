@@ -16,6 +16,7 @@ from hf_spectral_dp import (
     SpectralImageProcessor,
     SpectralTokenizerForCausalLM,
 )
+from hf_spectral_dp import assessment as assessment_module
 from hf_spectral_dp.assessment import Assessment, assess, for_the_card
 from hf_spectral_dp.real_images import RealImages, read_real_images
 from hf_spectral_dp.report import render_report
@@ -163,6 +164,16 @@ def test_images_of_all_sizes_are_read_and_broken_ones_left_out():
         read_real_images(rows[5:], processor, "broken")
     with pytest.raises(ValueError, match="label 'cat' in row 0"):
         read_real_images([{"image": rows[0]["image"], "label": "cat"}], processor, "named", label_column="label")
+
+
+def test_a_choice_that_cannot_be_made_is_refused_before_an_image_is_drawn(monkeypatch):
+    monkeypatch.setattr(assessment_module, "draw_images", lambda *args: pytest.fail("images were drawn"))
+    private = real_images(50, 2, "validation")
+    unlabelled = RealImages("validation", private.pixels, None, False, 0)
+    cases = ((private, None, "give both"), (None, 1.0, "give both"), (unlabelled, 1.0, "no labels"))
+    for given, epsilon, message in cases:
+        with pytest.raises(ValueError, match=message):
+            assess(tiny_pipeline(), real_images(60, 0), private_validation=given, selection_epsilon=epsilon)
 
 
 def test_what_cannot_be_measured_is_said():

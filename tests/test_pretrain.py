@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import sequences, tiny_model, wild
+from conftest import one_private, sequences, tiny_model, wild
 
 from hf_spectral_dp import SpectralConfig, SpectralTokenizerForCausalLM
 
@@ -55,12 +55,7 @@ def test_other_code_words_scales_or_classes_are_refused():
 
 @pytest.mark.parametrize("option", ["--codec", "--start"])
 def test_a_public_prior_starts_from_public_weights(tmp_path, monkeypatch, option):
-    tiny_model().save_pretrained(tmp_path / "public")
-    private = tiny_model()
-    private.config.private_runs = ["ab" * 32]
-    private.save_pretrained(tmp_path / "private")
-    folders = {"--codec": tmp_path / "public", option: tmp_path / "private"}
-    given = ["--public", "nowhere", "--out", "out", *(str(word) for pair in folders.items() for word in pair)]
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", *given])
+    given = one_private(tmp_path, option, "--codec")
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--public", "nowhere", "--out", "out", *given])
     with pytest.raises(ValueError, match=f"{option} .* came out of the private run 'abababababab'"):
         pretrain.main()

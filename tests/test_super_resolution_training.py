@@ -155,9 +155,10 @@ def test_mending_learns_from_images_of_the_private_mean_and_leaves_all_else_as_i
     pairs = zip(mended.parameters(), public.parameters(), strict=True)
     assert any(not torch.equal(a, b) for a, b in pairs) and not mended.training
     assert mended.config.private_runs == [UNRECORDED] and public.config.private_runs is None
-    for part, run in ((critic, "aa"), (model, "bb"), (public, "cc")):
-        part.config.private_runs = [run]
-    assert mend_towards(critic, public, model, images, 0.7, schedule).config.private_runs == ["aa", "bb", "cc"]
+    model.config.private_runs, public.config.private_runs = ["bb"], ["cc"]
+    for run, named in ((None, UNRECORDED), ("aa", "aa")):
+        critic.config.private_runs = run and [run]
+        assert mend_towards(critic, public, model, images, 0.7, schedule).config.private_runs == [named, "bb", "cc"]
 
 
 def test_without_a_mean_all_images_are_alike():

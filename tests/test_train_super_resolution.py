@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import one_private
 from PIL import Image
 from transformers import AutoModelForImageToImage
 
@@ -90,13 +90,8 @@ def test_a_network_that_a_private_mean_shaped_is_no_start(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("option", ["--codec", "--prior"])
 def test_no_private_model_shapes_a_public_network(tmp_path, monkeypatch, option):
-    tiny_model().save_pretrained(tmp_path / "public")
-    private = tiny_model()
-    private.config.private_runs = ["ab" * 32]
-    private.save_pretrained(tmp_path / "private")
-    folders = {"--codec": tmp_path / "public", "--prior": tmp_path / "public", option: tmp_path / "private"}
-    given = ["--public", "nowhere", "--out", "out", *(str(word) for pair in folders.items() for word in pair)]
-    monkeypatch.setattr(sys, "argv", ["train_super_resolution.py", *given])
+    given = one_private(tmp_path, option, "--codec", "--prior")
+    monkeypatch.setattr(sys, "argv", ["train_super_resolution.py", "--public", "nowhere", "--out", "out", *given])
     with pytest.raises(ValueError, match=f"{option} .* came out of the private run 'abababababab'"):
         train_super_resolution.main()
 

@@ -25,7 +25,7 @@ from .metrics.memorisation import (
     nearest_neighbours,
     pixel_features,
 )
-from .metrics.utility import UtilityResult, classifier_utility
+from .metrics.utility import UtilityResult, check_selection, classifier_utility
 from .modeling_spectral import SpectralTokenizerForCausalLM
 from .pipeline_spectral import SAMPLING_VALUES, DPSpectralPipeline
 from .real_images import RealImages
@@ -175,11 +175,7 @@ def assess(
         raise ValueError(f"seeds={seeds} trainings of steps={steps} make no classifier; give at least 1 of each.")
     for given in filter(None, (real, training, private_validation)):
         given.check_fits(config)
-    if (private_validation is None) != (selection_epsilon is None):
-        raise ValueError(
-            f"selection_epsilon={selection_epsilon} {'with' if private_validation else 'without'} private_validation:"
-            " give both, or neither to choose on generated images, which costs nothing."
-        )
+    check_selection(private_validation, selection_epsilon)
     if private_validation is not None and private_validation.labels is None:
         raise ValueError(f"{private_validation.name} has no labels; validation needs them.")
     if twin is not None:

@@ -56,7 +56,7 @@ class DPSpectralPipeline(DiffusionPipeline):
 
     Raises:
         TypeError: `model` is wrapped (an adapter), or `super_resolution` does not say its factor.
-        ValueError: components that do not fit together.
+        ValueError: components that do not fit together, or sampling values out of range.
     """
 
     model_cpu_offload_seq = "text_encoder->model->super_resolution->critic"

@@ -192,11 +192,7 @@ def classifier_utility(
         )
     if unknown := [name for name in architectures if name not in ARCHITECTURES]:
         raise ValueError(f"architectures={unknown} are unknown; choose among {', '.join(ARCHITECTURES)}.")
-    if (private_validation is None) != (selection_epsilon is None):
-        raise ValueError(
-            f"selection_epsilon={selection_epsilon} {'with' if private_validation else 'without'} private_validation:"
-            " give both, or neither to choose on generated images, which costs nothing."
-        )
+    check_selection(private_validation, selection_epsilon)
     if private_validation is not None:
         _check(images, labels, *private_validation)
     images, test_images = _small(images), _small(test_images)
@@ -220,6 +216,15 @@ def classifier_utility(
             right.append(guesses[best] == test_labels)
         results.append(_result(name, torch.stack(right).double(), test_labels, classes))
     return results
+
+
+def check_selection(private_validation: object, selection_epsilon: float | None) -> None:
+    """Raises ValueError if private images to choose on come without an epsilon for that, or the other way round."""
+    if (private_validation is None) != (selection_epsilon is None):
+        raise ValueError(
+            f"selection_epsilon={selection_epsilon} {'with' if private_validation else 'without'} private_validation:"
+            " give both, or neither to choose on generated images, which costs nothing."
+        )
 
 
 def classifier_accuracy(
@@ -346,6 +351,7 @@ __all__ = [
     "PUBLISHED",
     "ClassAccuracy",
     "UtilityResult",
+    "check_selection",
     "classifier_accuracy",
     "classifier_utility",
 ]
