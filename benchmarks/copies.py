@@ -23,7 +23,8 @@ from transformers import AutoImageProcessor, AutoModelForCausalLM
 from benchmarks.report import write_report
 from hf_spectral_dp import DPSpectralPipeline
 from hf_spectral_dp.assessment import shown
-from hf_spectral_dp.image_sources import decode_image, load_images
+from hf_spectral_dp.image_decoding import decode_image
+from hf_spectral_dp.image_sources import load_images
 from hf_spectral_dp.metrics.memorisation import copying, nearest_neighbours, pixel_features
 from hf_spectral_dp.super_resolution import SpectralSuperResolution
 

@@ -28,7 +28,8 @@ from torch import Tensor
 from benchmarks.judge import LiteFeatures
 from benchmarks.report import write_report
 from hf_spectral_dp import SpectralImageProcessor
-from hf_spectral_dp.image_sources import decode_image, load_images
+from hf_spectral_dp.image_decoding import decode_image
+from hf_spectral_dp.image_sources import load_images
 from hf_spectral_dp.metrics.distances import Moments, cmmd, frechet_distances, kernel_distance
 from hf_spectral_dp.metrics.features import PublicFeatures
 from hf_spectral_dp.metrics.public_features import PublicFeatureConfig, PublicFeatureNetwork

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from hf_spectral_dp import SpectralImageProcessor
-from hf_spectral_dp.image_sources import load_images, readable
+from hf_spectral_dp.image_decoding import readable
+from hf_spectral_dp.image_sources import load_images
 
 PRIVATE = ("mnist", "cifar10", "cifar-10", "faces", "utkface")
 """Names of image sets that play the private one. Nothing that is called public may come from any of these."""

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from hf_spectral_dp import SpectralConfig, SpectralImageProcessor, SpectralTokenizerForCausalLM
-from hf_spectral_dp.image_sources import load_images, readable
+from hf_spectral_dp.image_decoding import readable
+from hf_spectral_dp.image_sources import load_images
 
 
 def public_images(source: str, split: str, column: str, count: int, seed: int) -> list:

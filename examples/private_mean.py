@@ -24,7 +24,8 @@ from torch import Tensor
 
 from hf_spectral_dp import DPSpectralPipeline, DPTrainingArguments, MeanCritic
 from hf_spectral_dp.feature_rows import ImageFeatureRows, draw_choices
-from hf_spectral_dp.image_sources import load_images, readable
+from hf_spectral_dp.image_decoding import readable
+from hf_spectral_dp.image_sources import load_images
 from hf_spectral_dp.metrics.features import PublicFeatures
 from hf_spectral_dp.metrics.public_features import CHECKPOINT
 from hf_spectral_dp.super_resolution import SpectralSuperResolution, upscale_to

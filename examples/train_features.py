@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_spectral_dp import SpectralImageProcessor
-from hf_spectral_dp.image_sources import load_images, readable
+from hf_spectral_dp.image_decoding import readable
+from hf_spectral_dp.image_sources import load_images
 from hf_spectral_dp.metrics.public_features import PublicFeatureConfig, PublicFeatureNetwork
 
 CARD = """---

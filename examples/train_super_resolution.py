@@ -27,7 +27,8 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
-from hf_spectral_dp.image_sources import load_images, readable
+from hf_spectral_dp.image_decoding import readable
+from hf_spectral_dp.image_sources import load_images
 from hf_spectral_dp.private_marks import refuse_uncounted
 from hf_spectral_dp.super_resolution import SpectralSuperResolution, SpectralSuperResolutionConfig, upscale, upscale_to
 from hf_spectral_dp.super_resolution_training import Coarse, Schedule, squares, train_super_resolution

@@ -21,6 +21,7 @@ ORDER = [
     "modeling_spectral",
     "image_processing_spectral",
     "views",
+    "image_decoding",
     "image_sources",
     "real_images",
     "whole_files",

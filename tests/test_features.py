@@ -15,7 +15,8 @@ from transformers import (
 )
 
 from benchmarks.features import CHOICES, imbalanced
-from hf_spectral_dp.image_sources import decode_image, load_images
+from hf_spectral_dp.image_decoding import decode_image
+from hf_spectral_dp.image_sources import load_images
 from hf_spectral_dp.metrics.distances import cmmd, kernel_distance
 from hf_spectral_dp.metrics.features import FeatureExtractor, PublicFeatures, TextExtractor, load_extractor
 

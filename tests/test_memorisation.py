@@ -6,7 +6,8 @@ import torch
 from scipy import stats
 from test_membership import legal_rows
 
-from hf_spectral_dp.image_sources import decode_image, load_images
+from hf_spectral_dp.image_decoding import decode_image
+from hf_spectral_dp.image_sources import load_images
 from hf_spectral_dp.metrics.memorisation import (
     Neighbours,
     completions,

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from benchmarks.hostile_images import run as run_hostile
-from hf_spectral_dp import image_sources
+from hf_spectral_dp import image_decoding
 from hf_spectral_dp.image_processing_spectral import SpectralImageProcessor
 from hf_spectral_dp.token_store import TokenStore, build_token_store
 from hf_spectral_dp.views import Views
@@ -117,7 +117,7 @@ def test_hostile_images_cost_neither_a_row_nor_the_machine():
 
 
 def test_no_two_large_images_are_in_memory_at_once(grey_model, processor, tmp_path, monkeypatch):
-    monkeypatch.setattr(image_sources, "_PIXELS_AT_ONCE", 1000)
+    monkeypatch.setattr(image_decoding, "_PIXELS_AT_ONCE", 1000)
     sizes, largest = [30, 10, 40, 10, 10, 10, 50], []
     original = processor.preprocess
     monkeypatch.setattr(

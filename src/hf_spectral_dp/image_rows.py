@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .image_sources import decode_batch, undecoded
+from .image_decoding import decode_batch, undecoded
 from .privacy.units import FirstRows
 
 Example = tuple[Any, ...]

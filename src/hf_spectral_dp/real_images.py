@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from .configuration_spectral import SpectralConfig
-from .image_sources import decode_batch, undecoded
+from .image_decoding import decode_batch, undecoded
 
 _CHUNK = 512  # images that are decoded and brought to the model's shape at once
 

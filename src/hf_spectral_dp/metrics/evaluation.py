@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..image_decoding import UndecodableImageError, decode_image, undecoded
 from ..image_processing_spectral import SpectralImageProcessor
-from ..image_sources import UndecodableImageError, decode_image, undecoded
 from .distances import (
     KernelMatrices,
     band_error,
