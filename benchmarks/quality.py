@@ -51,6 +51,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageToImage
 
+from benchmarks.bundled import CHECKPOINTS
 from benchmarks.judge import LiteFeatures, seen
 from benchmarks.quality_critic import choose_by, learn_classes, mean_rows, mend, private_mean
 from benchmarks.quality_data import IMAGE_SETS, ImageSet, Labelled, private_images, public_images
@@ -80,7 +81,6 @@ from hf_spectral_dp.super_resolution import upscale_to
 METHODS = ("ours", "ceiling", "floor", "raster", "pixels", "pixels16", "diffusion", "real")
 DELTA = 1e-5
 ATTEMPTS = 5  # of every token model, where classifiers learn from its images
-CHECKPOINTS = Path(__file__).parents[1] / "src" / "hf_spectral_dp" / "checkpoints"
 PHOTOS = ("photos", "photos-super-resolution", "photos-super-resolution")
 WIDE_PHOTOS = ("photos-wide", "photos-wide-super-resolution", "photos-wide-super-resolution")
 FACES = ("photos", *WIDE_PHOTOS[1:])

@@ -87,6 +87,105 @@ def begun(folder: Path) -> bool:
     return (folder / LEDGER).exists() or any(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
 
 
+def weighs_photos(config: dict[str, Any]) -> bool:
+    """Whether super-resolution goes on learning from public photos that the private mean weighs."""
+    return config["critic"].get("kind") == "mean" and "public" in config["critic"]
+
+
+def text_encoder_of(words: dict[str, Any], prior: str, lora_rank: int) -> tuple[tuple[Any, Any], dict[str, int]]:
+    """The public text encoder with its tokenizer, or (None, None), and the fields of the prior's config it sets."""
+    if not words.get("text_encoder"):
+        return (None, None), {}
+    text = load_text_encoder(located(words["text_encoder"]))
+    width, known = text[0].config.hidden_size, AutoConfig.from_pretrained(prior)
+    if known.text_width not in (0, width):
+        raise ValueError(f"model.prior={prior!r} was made for text of width {known.text_width}, model.text_encoder="
+                         f"{words['text_encoder']!r} has {width}; take the encoder that the prior was pretrained"
+                         " with.")  # fmt: skip
+    if lora_rank and known.conditioning != "text":
+        raise ValueError(
+            f"lora_rank={lora_rank} trains adapters only, and prior={prior!r} has no text: its new projection"
+            " would stay random; use lora_rank 0, or a prior with text (examples/pretrain.py --text_encoder)."
+        )
+    lengths = {"max_text_tokens": words["max_text_tokens"]} if "max_text_tokens" in words else {}
+    return text, {"text_width": width, **lengths}  # a prior without text gets new weights for it
+
+
+def public_parts(config: dict[str, Any], args: DPTrainingArguments) -> tuple[Any, Any, Any, tuple[Any, Any]]:
+    """Model, image processor, super-resolution (or None), and text encoder with its tokenizer (or None, None).
+
+    Raises:
+        ValueError: parts that cannot work together, or a private one that no ledger counts.
+    """
+    words = config["model"]
+    prior = located(words["prior"])
+    text, textual = text_encoder_of(words, prior, args.lora_rank)
+    model = AutoModelForCausalLM.from_pretrained(prior, **textual)
+    if (classes := words.get("num_classes", model.config.num_classes)) != model.config.num_classes:
+        if args.lora_rank:
+            raise ValueError(
+                f"num_classes={classes} are new to prior={prior!r}, and lora_rank={args.lora_rank} would leave their"
+                " embeddings all alike; use lora_rank 0."
+            )
+        model = model.with_classes(classes)
+    processor = AutoImageProcessor.from_pretrained(prior)
+    network = words["super_resolution"]  # ours, Swin2SR or their kind; none where the tokens need none
+    detail = AutoModelForImageToImage.from_pretrained(located(network)) if network else None
+    counted = {run["ledger_head"] for run in args.earlier_runs()}
+    for name, part in (("prior", model), ("super_resolution", detail)):
+        refuse_uncounted(f"model.{name}={words[name]!r}", part, counted)
+    DPSpectralPipeline(model, processor, detail, *text, **config["sampling"])
+    if detail is None and model.config.coarse_size < model.config.image_size:
+        sides = f"{model.config.coarse_size} for {model.config.image_size}"
+        raise ValueError(f"model.super_resolution is empty, but prior={prior!r} draws images of side {sides}; name a"
+                         " public network.")  # fmt: skip
+    if weighs_photos(config):
+        if not isinstance(detail, SpectralSuperResolution) or model.config.coarse_size == processor.image_size:
+            raise ValueError(f"critic.public teaches detail to a SpectralSuperResolution that enlarges what tokens"
+                             f" show; model.super_resolution={network!r} is another, or does nothing.")  # fmt: skip
+        if next(public_photos(config["critic"]), None) is None:
+            raise ValueError(f"critic.public={config['critic']['public']!r} holds no image that can be read.")
+    return model, processor, detail, text
+
+
+def save_samples(pipeline: DPSpectralPipeline, prompts: list[str] | None, path: Path) -> None:
+    """A grid of images of a fixed seed, not picked by hand: eight of each class or prompt, or 64."""
+    count = pipeline.model.config.num_classes
+    classes = torch.arange(count).repeat(8) if count else None
+    each = 8 if prompts else 1 if classes is not None else 64
+    images = pipeline(prompts, classes, each, generator=torch.Generator().manual_seed(0)).images
+    image_grid(images, columns=count or 8).save(path)
+
+
+def report_of(run: dict[str, Any], config: dict[str, Any], attempts: int, command: str) -> dict[str, Any]:
+    """The card's report: what the run accounts for, what became of it, and the publisher's words.
+
+    Args:
+        run: `DPTrainer.privacy_report`.
+        config: of the job, checked.
+        attempts: images that the pipeline draws for one that it shows.
+        command: that trains the same again.
+    """
+    words, critic, stages = publisher_words(config), config["critic"], [*run["stages"]]
+    if weighs_photos(config):
+        stages.append({"name": "learning the detail", "private": False, "note": MENDED})
+    elif critic and critic["kind"] == "classes":
+        after = 1 + len(run["mechanism"]["earlier_runs"])  # of the start and the earlier runs, the critic's the last
+        stages.insert(after, {"name": "learning the classes", "private": False, "note": NOTE})
+    if critic and attempts > 1:
+        kept = f"of {attempts} images drawn, {DRAWN[critic['kind']]}"
+        stages.append({"name": "choosing among samples", "private": False, "note": kept})
+    return {
+        **run,
+        **words,
+        "stages": stages,
+        "data_accesses": [*run["data_accesses"], *words["data_accesses"]],
+        "audit": [],
+        "utility": [],
+        "reproduce": {"train": command, "verify": "hf-spectral-dp verify"},
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file; examples/configs/demo.yaml explains the fields")
@@ -104,66 +203,25 @@ def main() -> None:
     for name in ("target_epsilon", "lora_rank"):
         if getattr(arguments, name) is not None:
             config["training"][name] = getattr(arguments, name)
+    data, critic = config["data"], config["critic"]
     args = DPTrainingArguments(**{"report_to": "none", **config["training"]}, output_dir=str(output / "training"))
-    if config["critic"]:  # refused here, too, if it asks for what cannot work
-        asked = private_arguments(config["critic"], args, output)
+    if critic:  # refused here, too, if it asks for what cannot work
+        asked = private_arguments(critic, args, output)
         if asked.target_epsilon >= args.target_epsilon:
             raise ValueError(
                 f"critic.target_epsilon={asked.target_epsilon} is a part of training.target_epsilon="
                 f"{args.target_epsilon}, which the training needs most of; a tenth to a third is usual."
             )
-    data = config["data"]
     views = Views(**data["views"]) if "views" in data else None
     if "num_examples" in data:
         plan = args.plan(data["num_examples"])
         print(f"plan: {plan.steps} steps, sampling rate {plan.sampling_rate:g}, noise {plan.noise_multiplier:g},"
               f" epsilon {plan.epsilon():.4f} at delta {plan.delta:.3g}")  # fmt: skip
-    prior = located(config["model"]["prior"])
-    text, textual = (None, None), {}
-    if config["model"].get("text_encoder"):
-        text = load_text_encoder(located(config["model"]["text_encoder"]))
-        known = AutoConfig.from_pretrained(prior)
-        if known.text_width not in (0, text[0].config.hidden_size):
-            raise ValueError(f"model.prior={prior!r} was made for text of width {known.text_width}, model.text_encoder="
-                             f"{config['model']['text_encoder']!r} has {text[0].config.hidden_size}; take the encoder"
-                             " that the prior was pretrained with.")  # fmt: skip
-        textual = {"text_width": text[0].config.hidden_size}  # a prior without text gets new weights for it
-        if "max_text_tokens" in config["model"]:
-            textual["max_text_tokens"] = config["model"]["max_text_tokens"]
-        if args.lora_rank and known.conditioning != "text":
-            raise ValueError(
-                f"lora_rank={args.lora_rank} trains adapters only, and prior={prior!r} has no text: its new projection"
-                " would stay random; use lora_rank 0, or a prior with text (examples/pretrain.py --text_encoder)."
-            )
-    model = AutoModelForCausalLM.from_pretrained(prior, **textual)
-    if (classes := config["model"].get("num_classes", model.config.num_classes)) != model.config.num_classes:
-        if args.lora_rank:
-            raise ValueError(
-                f"num_classes={classes} are new to prior={prior!r}, and lora_rank={args.lora_rank} would leave their"
-                " embeddings all alike; use lora_rank 0."
-            )
-        model = model.with_classes(classes)
-    processor = AutoImageProcessor.from_pretrained(prior)
-    network = config["model"]["super_resolution"]  # ours, Swin2SR or their kind; none where the tokens need none
-    detail = AutoModelForImageToImage.from_pretrained(located(network)) if network else None
-    counted = {run["ledger_head"] for run in args.earlier_runs()}
-    for name, part in (("prior", model), ("super_resolution", detail)):
-        refuse_uncounted(f"model.{name}={config['model'][name]!r}", part, counted)
-    DPSpectralPipeline(model, processor, detail, *text, **config["sampling"])
-    if detail is None and model.config.coarse_size < model.config.image_size:
-        sides = f"{model.config.coarse_size} for {model.config.image_size}"
-        raise ValueError(f"model.super_resolution is empty, but prior={prior!r} draws images of side {sides}; name a"
-                         " public network.")  # fmt: skip
+    model, processor, detail, text = public_parts(config, args)
     if config["evaluation"] and PartialState().num_processes > 1:
         raise ValueError(f"evaluation trains its controls in one process, and this is one of"
                          f" {PartialState().num_processes}; take the section out, and run examples/evaluate.py on what"
                          " was trained.")  # fmt: skip
-    weighs = config["critic"].get("kind") == "mean" and "public" in config["critic"]
-    if weighs and (not isinstance(detail, SpectralSuperResolution) or model.config.coarse_size == processor.image_size):
-        raise ValueError(f"critic.public teaches detail to a SpectralSuperResolution that enlarges what tokens show;"
-                         f" model.super_resolution={network!r} is another, or does nothing here.")  # fmt: skip
-    if weighs and next(public_photos(config["critic"]), None) is None:
-        raise ValueError(f"critic.public={config['critic']['public']!r} holds no image that can be read.")
 
     # 2. Images to tokens, tokens to a private model. Test images that cannot be used end the run before it spends.
     goes_on = begun(output / "training")  # asked before any process can begin it
@@ -173,7 +231,7 @@ def main() -> None:
         raise ValueError("evaluation trains classifiers on the training images, too, and some have no label; give each"
                          " one, or take the section out.")  # fmt: skip
     public, judge = copy.deepcopy(model) if test else None, None
-    if critic := config["critic"]:
+    if critic:
         if goes_on and not (output / "critic").exists():
             raise ValueError(f"{str(output / 'training')!r} was begun without the critic that the config asks for; take"
                              " the section out, or begin again in another folder.")  # fmt: skip
@@ -189,43 +247,20 @@ def main() -> None:
     if not trainer.is_world_process_zero():
         return
 
-    # 3. The pipeline with samples of a fixed seed, not picked by hand.
+    # 3. The pipeline, with samples.
     merged, network = trainer.merged_model().cpu().eval(), detail
-    if weighs:
+    if weighs_photos(config):
         network = mended(critic, judge, detail, merged, config["sampling"].get("temperature", 1.0), args, output)
     pipeline = DPSpectralPipeline(merged, processor, network, *text, critic=judge, **config["sampling"])
     if critic and critic["kind"] == "mean":
         learn_to_choose(pipeline, args.seed)
     folder = output / "pipeline"
     pipeline.save_pretrained(folder)
-    classes = torch.arange(model.config.num_classes).repeat(8) if model.config.num_classes else None
-    prompts = config["card"].get("prompts")
-    each = 8 if prompts else 1 if classes is not None else 64
-    generator = torch.Generator().manual_seed(0)
-    images = pipeline(prompts, classes, each, generator=generator).images
-    image_grid(images, columns=model.config.num_classes or 8).save(folder / "samples.png")
+    save_samples(pipeline, config["card"].get("prompts"), folder / "samples.png")
 
     # 4. The card, from the run itself.
-    run, words = trainer.privacy_report(), publisher_words(config)
-    if weighs:
-        run["stages"].append({"name": "learning the detail", "private": False, "note": MENDED})
-    elif critic and critic["kind"] == "classes":
-        after = 1 + len(run["mechanism"]["earlier_runs"])  # of the start and the earlier runs, the critic's the last
-        run["stages"].insert(after, {"name": "learning the classes", "private": False, "note": NOTE})
-    if critic and (attempts := pipeline.config.attempts) > 1:
-        kept = f"of {attempts} images drawn, {DRAWN[critic['kind']]}"
-        run["stages"].append({"name": "choosing among samples", "private": False, "note": kept})
-    report = {
-        **run,
-        **words,
-        "data_accesses": [*run["data_accesses"], *words["data_accesses"]],
-        "audit": [],
-        "utility": [],
-        "reproduce": {
-            "train": f"accelerate launch examples/train.py --config {Path(arguments.config).name}",
-            "verify": "hf-spectral-dp verify",
-        },
-    }
+    command = f"accelerate launch examples/train.py --config {Path(arguments.config).name}"
+    report = report_of(trainer.privacy_report(), config, pipeline.config.attempts, command)
     PrivacyCard(report).save(folder)
     if test:  # the figures come later, so that nothing that ends them leaves a pipeline without its card
         section = config["evaluation"]

@@ -36,6 +36,7 @@ ORDER = [
     "checkpoint_files",
     "saving_trainer",
     "image_rows",
+    "row_file",
     "token_store",
     "training_args",
     "quiet_trainer",

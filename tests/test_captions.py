@@ -156,7 +156,7 @@ def test_a_caption_is_kept_once_at_its_length_and_in_no_words(encoder, processor
 
 
 def test_many_chunks_persons_broken_images_and_a_copy(encoder, processor, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_spectral_dp.token_store._ROWS_PER_CHUNK", 8)
+    monkeypatch.setattr("hf_spectral_dp.row_file.ROWS_PER_CHUNK", 8)
     rows = rows_with([[CAPTIONS[index % 12]] for index in range(30)])
     rows = [{**row, "person": index // 3} for index, row in enumerate(rows)]
     rows.insert(5, {"image": b"broken", "captions": ["of nobody"], "person": 1})

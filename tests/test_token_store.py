@@ -85,7 +85,7 @@ def test_indexing(rows, grey_model, processor, tmp_path):
 
 
 def test_rows_cross_chunks(grey_model, processor, tmp_path, monkeypatch, random_images):
-    monkeypatch.setattr("hf_spectral_dp.token_store._ROWS_PER_CHUNK", 16)
+    monkeypatch.setattr("hf_spectral_dp.row_file.ROWS_PER_CHUNK", 16)
     rows = [{"image": image} for image in random_images]
     small = build(rows, grey_model, processor, tmp_path / "small", batch_size=7)
     monkeypatch.undo()
@@ -289,7 +289,7 @@ def test_a_store_knows_whose_rows_it_holds(random_images, grey_model, processor,
 
 
 def test_units_cross_chunks(grey_model, processor, tmp_path, monkeypatch, random_images):
-    monkeypatch.setattr("hf_spectral_dp.token_store._ROWS_PER_CHUNK", 16)
+    monkeypatch.setattr("hf_spectral_dp.row_file.ROWS_PER_CHUNK", 16)
     rows = [{"image": image, "who": i // 2} for i, image in enumerate(random_images)]
     store = build(rows, grey_model, processor, tmp_path / "s", batch_size=7, unit_column="who", max_rows_per_unit=2)
     assert store.units.tolist() == [i // 2 for i in range(40)] and store.verify()
@@ -318,7 +318,7 @@ def test_an_image_without_a_person_leaves_nothing(random_images, grey_model, pro
 
 def test_a_row_shows_one_of_its_views_at_a_time(rows, grey_model, processor, tmp_path, monkeypatch):
     """Every row shown is the label and the tokens of one view of its own image; in the long run all views are shown."""
-    monkeypatch.setattr("hf_spectral_dp.token_store._ROWS_PER_CHUNK", 16)
+    monkeypatch.setattr("hf_spectral_dp.row_file.ROWS_PER_CHUNK", 16)
     views = Views(count=3, rotation=20, shift=0.1)
     store = build(rows, grey_model, processor, tmp_path / "s", label_column="label", views=views, batch_size=7)
     assert len(store) == 40 and store.views == 3 and store.verify() and store.units is None

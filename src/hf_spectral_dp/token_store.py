@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from datasets import ClassLabel, Dataset
 from tqdm.auto import tqdm
@@ -31,6 +30,7 @@ from .codec import codec_fingerprint
 from .image_rows import Example, batches_of, examples_of, kept_of, total_of
 from .privacy.noise import system_generator
 from .privacy.units import FirstRows
+from .row_file import RowFile
 from .text_encoder import check_text_encoder
 from .views import Views
 from .whole_files import sync
@@ -40,7 +40,6 @@ logger = logging.getLogger(__name__)
 _TOKENS = "tokens.arrow"
 _FACTS = "store.json"
 _FORMAT = 1
-_ROWS_PER_CHUNK = 8192
 
 
 class TokenStore:
@@ -312,40 +311,13 @@ def _write(
     """Streams the rows into `folder` and puts the facts beside them."""
     config = model.config
     row_length = 1 + config.layout.length
-    highest = max([config.null_token_id, *config.class_token_ids])
-    type_ = pa.int16() if highest <= np.iinfo(np.int16).max else pa.int32()
-    column = pa.list_(type_, row_length * (views.count if views else 1))
-    fields = [("input_ids", column), ("unit", pa.int64()), ("captions", pa.list_(pa.int32()))]
-    schema = pa.schema([each for each, used in zip(fields, (True, units, captions), strict=True) if used is not None])
+    width, highest = row_length * (views.count if views else 1), max([config.null_token_id, *config.class_token_ids])
     digest = hashlib.sha256()
     report = {"images": 0, "undecodable": 0, "unlabelled": 0}
-    numbers: list[list[int]] = []  # of the captions of the rows in `pending`
-    pending: list[np.ndarray] = []
-    written = 0
-
-    def flush(sink: pa.RecordBatchStreamWriter, everything: bool) -> None:
-        nonlocal written
-        rows = np.concatenate(pending)
-        pending.clear()
-        whole = len(rows) if everything else len(rows) - len(rows) % _ROWS_PER_CHUNK
-        for start in range(0, whole, _ROWS_PER_CHUNK):
-            chunk = rows[start : min(start + _ROWS_PER_CHUNK, whole)]
-            arrays = [pa.FixedSizeListArray.from_arrays(pa.array(chunk.reshape(-1), type=type_), type=column)]
-            if units is not None:
-                arrays.append(pa.array(units.units[written : written + len(chunk)], type=pa.int64()))
-            if captions is not None:
-                arrays.append(pa.array(numbers[start : start + len(chunk)], type=pa.list_(pa.int32())))
-            sink.write_batch(pa.record_batch(arrays, schema=schema))
-            written += len(chunk)
-        if whole < len(rows):
-            pending.append(rows[whole:])
-        del numbers[:whole]
-
     first_reason = None
     try:
         with (
-            open(folder / _TOKENS, "wb") as file,
-            pa.ipc.new_stream(file, schema) as sink,
+            RowFile(folder / _TOKENS, width, highest, units, captions is not None) as file,
             tqdm(total=total, unit="image", desc="tokenising", disable=not progress) as bar,
         ):
             for number, batch in enumerate(batches_of(examples, batch_size)):
@@ -360,17 +332,13 @@ def _write(
                     rows = np.concatenate(parts, axis=1)
                     digest.update(rows.astype("<i4").tobytes())
                     report["images"] += len(rows)
-                    if captions is not None:
-                        texts = [captions_of(captioned) for _, _, captioned, _ in kept]
-                        numbers += captions.numbers(texts)
-                        report["uncaptioned"] = report.get("uncaptioned", 0) + sum(not each for each in texts)
                     report["unlabelled"] += sum(label is None or label == -1 for label in labels)
-                    pending.append(rows.astype(type_.to_pandas_dtype()))
-                    if sum(map(len, pending)) >= _ROWS_PER_CHUNK:
-                        flush(sink, everything=False)
+                    texts = [captions_of(captioned) for _, _, captioned, _ in kept] if captions is not None else []
+                    if captions is not None:
+                        report["uncaptioned"] = report.get("uncaptioned", 0) + sum(not each for each in texts)
+                    file.append(rows, captions.numbers(texts) if captions is not None else [])
                 bar.update(len(batch))
-            if pending:
-                flush(sink, everything=True)
+            file.finish()
     finally:
         examples.close()  # type: ignore[attr-defined]  # a generator: lets go of the source now, not at exit
     if report["images"] == 0:
