@@ -41,7 +41,7 @@ import copy
 import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -52,7 +52,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageToImage
 
 from benchmarks.bundled import CHECKPOINTS
-from benchmarks.judge import LiteFeatures, seen
+from benchmarks.judge import judges_of, seen
 from benchmarks.quality_critic import choose_by, learn_classes, mean_rows, mend, private_mean
 from benchmarks.quality_data import IMAGE_SETS, ImageSet, Labelled, private_images, public_images
 from benchmarks.quality_figures import figures, save_grid
@@ -269,7 +269,7 @@ def compare(
     folders: Folders,
     device: str = "cpu",
     steps: int | None = None,
-    judge: FeatureExtractor | None = None,
+    judges: Sequence[FeatureExtractor] = (),
 ) -> Iterator[dict[str, Any]]:
     """The rows of the benchmark."""
     images, size = IMAGE_SETS[name], SIZES[title]
@@ -277,7 +277,7 @@ def compare(
     private = private_images(images, data, "train", size.private)
     test = private_images(images, data, images.test_split, size.test)
     public = public_images(images, data, size.public)
-    asked = None if judge is None else (judge, seen(judge, test[0][: size.compared].clamp(-1, 1)))
+    asked = [(judge, seen(judge, test[0][: size.compared].clamp(-1, 1))) for judge in judges]
     labels = torch.arange(images.classes).repeat(size.each)
     for method, epsilon, source, before, cost in sources(
         name, methods, epsilons, size, images, private, public, folders, device, data
@@ -300,7 +300,7 @@ def compare(
             shared |= source.sampling | ({"scale_weights": cost.scale_weights} if cost.scale_weights else {})
             rate = len(labels) / seconds
             yield shared | {"metric": "images per second", "value": rate, "low": None, "high": None, "n": len(labels)}
-        for row in figures(drawn, test, images, **size.for_figures, device=device, judge=asked):
+        for row in figures(drawn, test, images, **size.for_figures, device=device, judges=asked):
             yield shared | row | {"size": title}
         if grids is not None and method not in ("ceiling", "real"):  # these are private images
             save_grid(drawn[0], images, grids / f"quality_{name}_{method}_{epsilon:g}.png")
@@ -354,7 +354,7 @@ def main() -> None:
     parser.add_argument("--codec", type=Path, help="colour: folder of the public codec of ours")
     parser.add_argument("--super_resolution", type=Path, help="colour: folder of the public network that all end with")
     parser.add_argument("--keep", type=Path, help="folder where public models are kept, and found by a later run")
-    parser.add_argument("--judge", action="store_true", help="also measure by EfficientNet-Lite0 (the extra `judge`)")
+    parser.add_argument("--judge", action="store_true", help="also ask networks of others (the extra `judge`)")
     parser.add_argument("--device", default="cpu", help="where models are trained and sampled: cpu or cuda")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="one folder per image set")
     parser.add_argument("--out", type=Path, help="JSON file; sample grids are put beside it")
@@ -370,7 +370,7 @@ def main() -> None:
         folders = Folders(arguments.codec, arguments.super_resolution, arguments.keep)
         rows = compare(
             arguments.dataset, arguments.methods, arguments.epsilon, size, arguments.data, grids, folders,
-            arguments.device, arguments.steps, LiteFeatures() if arguments.judge else None,
+            arguments.device, arguments.steps, judges_of(arguments.dataset) if arguments.judge else (),
         )  # fmt: skip
         command += f" --epsilon {' '.join(f'{epsilon:g}' for epsilon in arguments.epsilon)}"
         for name in ("codec", "super_resolution", "keep", "steps", "device"):

@@ -1,7 +1,7 @@
 """The figures of the quality benchmark: what images are worth for a task, and how far they are from real ones."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.judge import judged
+from benchmarks.judge import FaceFeatures, judged
 from benchmarks.quality_data import ImageSet, Labelled
 from hf_spectral_dp.metrics.distances import frechet_distance
 from hf_spectral_dp.metrics.evaluation import evaluate_images
@@ -30,15 +30,15 @@ def figures(
     block: int,
     compared: int,
     device: str = "cpu",
-    judge: tuple[FeatureExtractor, Tensor] | None = None,
+    judges: Sequence[tuple[FeatureExtractor, Tensor]] = (),
 ) -> Iterator[dict[str, Any]]:
     """Rows {"metric", "value", "low", "high", "n"} for images with labels, against real test images.
 
     Accuracy is that of classifiers trained on the images and tested on the real ones: per architecture, and their mean
     with the spread over architectures and seeds. Intervals are of 95 % for other test images. Distances compare equal
     numbers of images, at most `compared`. Classifiers see averages over blocks of side `block`, and are trained on
-    `device`; `classifier_steps` 0 leaves them out. `judge`: whose kernel distance is wanted as well, and
-    what it has `seen` of the test images.
+    `device`; `classifier_steps` 0 leaves them out. `judges`: whose kernel distances are wanted as well, each with what
+    it has `seen` of the test images.
     """
     if classifier_steps:
         smaller = [F.avg_pool2d(_bare(some, kind), block).to(device) for some in (images[0], test[0])]
@@ -56,11 +56,13 @@ def figures(
         figures_ = (row["value"], row["low"], row["high"], row["n"])
         yield _row(row["metric"], *figures_) | {"floor": row["floor"], "extractor": row["extractor"]} | note
     yield from coarse_distance(real[:count], drawn[order])
-    if judge is not None:
-        extractor, known = judge
+    for extractor, known in judges:
         found = judged(extractor, known[:count], drawn[order].clamp(-1, 1))
         row = _row(f"kernel_distance, {extractor.name}", found["value"], found["low"], found["high"], found["n"])
         yield row | {"extractor": found["extractor"]}
+        if isinstance(extractor, FaceFeatures):
+            faces = extractor.found(drawn[order].clamp(-1, 1))
+            yield _row("faces found", faces / count, *rate_bounds(faces, count, 0.025), count)
 
 
 def coarse_distance(real: Tensor, drawn: Tensor) -> Iterator[dict[str, Any]]:

@@ -150,7 +150,7 @@ def test_a_judge_is_asked_about_the_images_that_are_compared():
     judge = (PublicFeatures(), seen(PublicFeatures(), real))
     rows = {
         row["metric"]: row
-        for row in figures((drawn, labels), (real, labels), faces, 0, DIFFERENT, 1, 2, 80, judge=judge)
+        for row in figures((drawn, labels), (real, labels), faces, 0, DIFFERENT, 1, 2, 80, judges=[judge])
     }
     judged, known = rows["kernel_distance, public-features"], rows["kernel_distance"]
     assert judged["value"] == pytest.approx(known["value"], rel=1e-3)
