@@ -141,8 +141,10 @@ def public_parts(config: dict[str, Any], args: DPTrainingArguments) -> tuple[Any
                          " public network.")  # fmt: skip
     if weighs_photos(config):
         if not isinstance(detail, SpectralSuperResolution) or model.config.coarse_size == processor.image_size:
-            raise ValueError(f"critic.public teaches detail to a SpectralSuperResolution that enlarges what tokens"
-                             f" show; model.super_resolution={network!r} is another, or does nothing.")  # fmt: skip
+            raise ValueError(
+                "critic.public teaches detail to a SpectralSuperResolution that enlarges what tokens show;"
+                f" model.super_resolution={network!r} is another, or does nothing here."
+            )
         if next(public_photos(config["critic"]), None) is None:
             raise ValueError(f"critic.public={config['critic']['public']!r} holds no image that can be read.")
     return model, processor, detail, text
