@@ -16,7 +16,7 @@ from pretrain import Rows
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-from hf_spectral_dp import DPSpectralPipeline
+from hf_spectral_dp import DPSpectralPipeline, SpectralConfig
 from hf_spectral_dp.assessment import draw_images, shown
 from hf_spectral_dp.metrics.utility import classifier_accuracy
 from hf_spectral_dp.pipeline_spectral import SAMPLING_VALUES
@@ -28,11 +28,11 @@ Labelled = tuple[Tensor, Tensor]
 CLASSIFIERS = 3  # trained from different random weights on the same images; the mean and the range are given
 
 
-def real_images(section: dict[str, Any], processor: Any) -> Labelled:
+def real_images(section: dict[str, Any], processor: Any, config: SpectralConfig) -> Labelled:
     """All images of a split that can be read, cropped as the pipeline crops: (N, C, H, W) in [-1, 1], and labels (N,).
 
     Raises:
-        ValueError: a column that is missing, a label that is no integer from 0, or no image that can be read.
+        ValueError: a column that is missing, a label that is no class of the model, or no image that can be read.
     """
     found = read_real_images(
         opened(section), processor,
@@ -40,6 +40,7 @@ def real_images(section: dict[str, Any], processor: Any) -> Labelled:
         image_column=section.get("image_column", "image"), label_column=section.get("label_column", "label"),
         limit=None,
     )  # fmt: skip
+    found.check_fits(config)
     assert found.labels is not None  # their column was named
     return processor.postprocess(found.pixels, "pt") * 2 - 1, found.labels
 
@@ -106,7 +107,7 @@ def compare(
     private: dict[str, Callable[[], Labelled]] = {
         "twin: images of a model trained without privacy": twin,
         "ceiling: real training images through the codec": lambda: through_codec(pipeline, store),
-        "real training images": lambda: real_images({**columns, **data}, pipeline.image_processor),
+        "real training images": lambda: real_images({**columns, **data}, pipeline.image_processor, prior.config),
     }
     name = f"{section['source']}, split {section['split']}"
     print(f"accuracy on {len(test_labels)} real test images ({name}) of a classifier trained on", flush=True)

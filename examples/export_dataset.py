@@ -43,12 +43,13 @@ def main() -> None:
     arguments = parser.parse_args()
 
     sampling = {} if arguments.guidance_scale is None else {"guidance_scale": arguments.guidance_scale}
+    prompts = arguments.prompts and arguments.prompts.read_text(encoding="utf-8").splitlines()
     folder = export_dataset(
         arguments.pipeline,
         arguments.out,
         arguments.num_images,
         class_labels=arguments.class_labels,
-        prompts=arguments.prompts and arguments.prompts.read_text(encoding="utf-8").splitlines(),
+        prompts=prompts and [line for line in prompts if line.strip()],
         seed=arguments.seed,
         shard_size=arguments.shard_size,
         batch_size=arguments.batch_size,

@@ -3,7 +3,9 @@
 examples/configs/demo.yaml explains the fields; those of critics are in faces.yaml and cifar10.yaml.
 """
 
+import dataclasses
 import importlib.resources
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from hf_spectral_dp import DPTrainingArguments
 from hf_spectral_dp.image_sources import load_images
 from hf_spectral_dp.pipeline_spectral import SAMPLING_VALUES
 from hf_spectral_dp.report_rules import check_words
+from hf_spectral_dp.views import Views
 
 COLUMNS = {"source", "split", "config_name", "revision", "image_column", "label_column"}
 FIELDS = {
@@ -34,6 +37,7 @@ REQUIRED = {
     "training": {"target_epsilon"},
     "card": {"hyperparameter_tuning", "tuning_data"},
 }
+EMPTY = {"super_resolution"}  # may be given as nothing, which says that none is needed
 TEXT = ("data.caption_column", "model.text_encoder", "model.text_encoder_source", "card.prompts")
 CRITICS = {  # by kind: fields that it needs, and the config that explains them
     "classes": ({"target_epsilon", "public", "public_source"}, "cifar10.yaml"),
@@ -43,7 +47,10 @@ PUBLIC = ("public", "public_source", "public_split", "public_steps")
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice: of two `earlier_ledgers` PyYAML would silently keep the last."""
+    """Reads 1e-5 as the number that it is, which PyYAML takes for text.
+
+    Refuses a key that is given twice: of two `earlier_ledgers` PyYAML would silently keep the last.
+    """
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         merged = "tag:yaml.org,2002:merge"  # a field that is merged may be given anew
@@ -53,16 +60,30 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
 def read_config(path: str) -> dict[str, Any]:
-    """The YAML file; unknown and missing sections and fields are refused by name."""
+    """The YAML file; unknown and missing sections and fields are refused by name.
+
+    A section whose lines are all commented out is an empty one, and a field with nothing behind it is not given.
+    """
     config = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds no sections; examples/configs/demo.yaml explains them.")
     if unknown := set(config) - set(FIELDS) - {"output"}:
-        raise ValueError(f"{path}: unknown sections {sorted(unknown)}; the known ones are output, {', '.join(FIELDS)}.")
+        raise ValueError(f"{path}: unknown sections {_listed(unknown)}; the known ones are output,"
+                         f" {', '.join(FIELDS)}.")  # fmt: skip
     for section, fields in FIELDS.items():
-        config[section] = config.get(section) or {}  # also where all its lines are commented out
+        found = config.get(section) or {}
+        if not isinstance(found, dict):
+            raise ValueError(f"{path}: {section}={found!r} is no section; give its fields, one on a line.")
+        config[section] = {name: value for name, value in found.items() if value is not None or name in EMPTY}
+        if unknown := set(found) - fields:
+            raise ValueError(f"{path}: {section} has unknown fields {_listed(unknown)}; it knows {sorted(fields)}.")
         given = set(config[section])
-        if unknown := given - fields:
-            raise ValueError(f"{path}: {section} has unknown fields {sorted(unknown)}; it knows {sorted(fields)}.")
         if missing := REQUIRED.get(section, set()) - given:
             raise ValueError(f"{path}: {section} lacks {sorted(missing)}; examples/configs/demo.yaml explains them.")
     texts = ("data.description", "model.prior_source", "model.super_resolution_source", "card.hyperparameter_tuning")
@@ -77,6 +98,10 @@ def read_config(path: str) -> dict[str, Any]:
         raise ValueError(f"{path}: evaluation trains classifiers on class labels, and data.label_column names none.")
     if textual and config["evaluation"]:
         raise ValueError(f"{path}: evaluation trains classifiers on class labels, which a model with text has none of.")
+    if (views := config["data"].get("views")) is not None:
+        known = [field.name for field in dataclasses.fields(Views)]
+        if not isinstance(views, dict) or "count" not in views or set(views) - set(known):
+            raise ValueError(f"{path}: data.views={views!r} takes count, and beside it some of {', '.join(known[1:])}.")
     if critic := config["critic"]:
         kind = critic.setdefault("kind", "classes")
         if kind not in CRITICS:
@@ -112,6 +137,10 @@ def read_config(path: str) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return config
+
+
+def _listed(names: set[Any]) -> list[str]:
+    return sorted(map(str, names))
 
 
 def publisher_words(config: dict[str, Any]) -> dict[str, Any]:

@@ -71,10 +71,9 @@ def tokenise(
         else:
             images, columns = private_images(config["data"])
             encoder, tokenizer = text
-            made_of.parent.mkdir(parents=True, exist_ok=True)
-            replace_files({made_of: json.dumps(asked).encode()})
             build_token_store(images, model, processor, folder, **columns, views=views, text_encoder=encoder,
                               tokenizer=tokenizer)  # fmt: skip
+            replace_files({made_of: json.dumps(asked).encode()})
     store = TokenStore.load(folder)
     store.check_codec(model)
     if store.captions is not None:
@@ -121,8 +120,10 @@ def public_parts(config: dict[str, Any], args: DPTrainingArguments) -> tuple[Any
     prior = located(words["prior"])
     text, textual = text_encoder_of(words, prior, args.lora_rank)
     model = AutoModelForCausalLM.from_pretrained(prior, **textual)
-    if (classes := words.get("num_classes", model.config.num_classes)) != model.config.num_classes:
-        if args.lora_rank:
+    # Without labels no private row would have a class, and the classes of the prior would stay what they were.
+    known = model.config.num_classes if "label_column" in config["data"] else 0
+    if (classes := words.get("num_classes", known)) != model.config.num_classes:
+        if args.lora_rank and classes:
             raise ValueError(
                 f"num_classes={classes} are new to prior={prior!r}, and lora_rank={args.lora_rank} would leave their"
                 " embeddings all alike; use lora_rank 0."
@@ -200,7 +201,7 @@ def main() -> None:
     # 1. Everything that can be refused is refused here, before any image is read.
     config = read_config(arguments.config)
     output = Path(arguments.output or config.get("output", "runs/latest"))
-    if output.exists() and not arguments.resume:
+    if output.exists() and any(output.iterdir()) and not arguments.resume:
         raise SystemExit(f"output={str(output)!r} exists; pass --resume to go on, or choose another --output.")
     for name in ("target_epsilon", "lora_rank"):
         if getattr(arguments, name) is not None:
@@ -228,7 +229,7 @@ def main() -> None:
     # 2. Images to tokens, tokens to a private model. Test images that cannot be used end the run before it spends.
     goes_on = begun(output / "training")  # asked before any process can begin it
     store = tokenise(config, model, processor, text, views, output / "tokens")
-    test = real_images(config["evaluation"], processor) if config["evaluation"] else None
+    test = real_images(config["evaluation"], processor, model.config) if config["evaluation"] else None
     if test and store.report["unlabelled"]:
         raise ValueError("evaluation trains classifiers on the training images, too, and some have no label; give each"
                          " one, or take the section out.")  # fmt: skip

@@ -200,6 +200,7 @@ def test_every_row_is_used_once_in_every_pass(tmp_path):
     args = arguments(tmp_path, sampling="single_pass", num_examples=60, max_steps=-1, num_train_epochs=2)
     trainer = DPTrainer(tiny_model(), args, stream)
     used = []
+    trainer._apart = True  # nothing is looked at beforehand
     losses = trainer._losses
     trainer._losses = lambda model, rows: used.extend(map(tuple, rows["input_ids"].tolist())) or losses(model, rows)
     trainer.train()
@@ -290,3 +291,16 @@ def test_a_person_with_many_rows_moves_the_clipped_sum_by_at_most_the_clipping_n
         sums += sums_of(trainer)
     moved = float((sums[1] - sums[0]).norm())
     assert 0.04 < moved <= trainer._clipper.sensitivity
+
+
+def test_a_data_set_that_gives_more_rows_than_asked_for_is_refused(tmp_path):
+    """Each of them would be clipped by itself, and a unit would count several times."""
+
+    class Doubled(Rows):
+        def __getitem__(self, indices):
+            return {"input_ids": super().__getitem__(indices)["input_ids"].repeat_interleave(2, 0)}
+
+    trainer = DPTrainer(tiny_model(), arguments(tmp_path), Doubled())
+    with pytest.raises(ValueError, match="more or fewer rows than it was asked for.*views"):
+        trainer.train()
+    assert trainer.epsilon_spent == 0

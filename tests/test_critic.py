@@ -125,6 +125,13 @@ def test_the_network_is_a_public_one_and_stays_as_it_is(tmp_path):
     assert trainer.privacy_report()["training"]["trainable_parameters"] == 3 * (6 + 1)
 
 
+def test_a_critic_has_the_marks_of_its_network():
+    public = network()
+    assert ClassCritic.on(public, 2).config.private_runs is None
+    public.config.private_runs = ["ab"]
+    assert ClassCritic.on(public, 2).config.private_runs == ["ab"]
+
+
 def rows_of(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return torch.cat([labels[:, None].float(), features], 1)
 

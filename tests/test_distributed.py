@@ -70,6 +70,12 @@ def test_a_run_on_two_processes(name, found):
     assert [[i // 2 for i in taken] for taken in first["taken"]] != [[i // 2 for i in x] for x in second["taken"]]
 
 
+def test_processes_with_unlike_rows_are_refused_before_anything_is_charged(found):
+    for rank in range(2):
+        assert "the processes do not train the same: rows" in (found / f"unlike-{rank}.txt").read_text()
+    assert not (found / "unlike" / LEDGER).exists()
+
+
 def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, monkeypatch):
     """Without use_cpu, accelerate sees no device for the second process, and each would train as if it were alone."""
     args = arguments(tmp_path)

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import tiny_model
-from datasets import ClassLabel, Dataset, Features, Image
+from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as Picture
 from test_super_resolution_training import of_half_the_side
 
@@ -123,6 +123,8 @@ def test_images_in_pipeline_and_card_out(job, tmp_path):
         ("data", "description", 7, "data.description=7: .*What one row shows"),
         ("data", "description", " ", "data.description must say something"),
         ("data", "views", {"count": 3}, "count=3 with no change given"),
+        ("data", "views", {"count": 3, "rotate": 5}, "data.views=.* takes count, and beside it some of rot"),
+        ("data", "views", 4, "data.views=4 takes count"),
         ("model", "prior_source", None, r"model lacks \['prior_source'\]"),
     ],
 )
@@ -212,6 +214,52 @@ def test_controls_want_one_process(job, tmp_path, monkeypatch):
         run_here(job, tmp_path, monkeypatch)
 
 
+def test_a_config_is_read_as_it_looks(tmp_path):
+    """Numbers as 1e-5, which YAML 1.1 takes for text; an empty field is not given; what is no section is refused."""
+    config = yaml.safe_load((EXAMPLES / "configs" / "demo.yaml").read_text())
+    lines = yaml.safe_dump(config).replace("target_epsilon: 8.0", "target_epsilon: 8\n  target_delta: 1e-5")
+    path = tmp_path / "config.yaml"
+    path.write_text(lines.replace("num_examples: 4000", "num_examples:"))
+    found = job_config.read_config(str(path))
+    assert found["training"]["target_delta"] == 1e-5 and "num_examples" not in found["data"]
+    kept = {"revision": "v1e5", "a": "12e", "b": 10, "c": "1.5.2"}
+    assert yaml.load(yaml.safe_dump(kept), job_config._Loader) == kept
+    for content, message in (
+        ("# nothing\n", "holds no sections"),
+        ("data: my images\n", "data='my images' is no section"),
+        ("1: 2\nother: 3\n", r"unknown sections \['1', 'other'\]"),
+    ):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            job_config.read_config(str(path))
+
+
+def test_a_run_that_was_refused_does_not_stand_in_the_way_of_the_next(job, tmp_path, monkeypatch):
+    job["data"]["label_column"] = "lable"
+    del job["evaluation"]
+    for _ in range(2):  # by the same reason the second time, not because of what the first left
+        with pytest.raises(ValueError, match="label_column='lable' is not a column"):
+            run_here(job, tmp_path, monkeypatch)
+
+
+def test_without_labels_the_model_has_no_classes(job, tmp_path, monkeypatch):
+    """Those of the prior would be drawn by class tokens that no private row ever had."""
+    del job["data"]["label_column"], job["evaluation"]
+    run_here(job, tmp_path, monkeypatch)
+    pipeline = DPSpectralPipeline.from_pretrained(tmp_path / "out" / "pipeline")
+    assert pipeline.model.config.num_classes == 0 and len(pipeline(num_images=2).images) == 2
+
+
+def test_labels_of_test_images_that_the_model_does_not_know_end_the_run_before_it_spends(job, tmp_path, monkeypatch):
+    job["model"]["num_classes"] = 10
+    monkeypatch.setattr(train, "DPTrainer", lambda *args: pytest.fail("training began"))
+    rows = images(12, 1).to_dict()
+    features = Features({"image": Image(), "label": Value("int64")})
+    Dataset.from_dict({**rows, "label": [11] * 12}, features=features).to_parquet(tmp_path / "data" / "test.parquet")
+    with pytest.raises(ValueError, match="label 11, but the model has num_classes=10"):
+        run_here(job, tmp_path, monkeypatch)
+
+
 def test_controls_that_fail_leave_a_pipeline_with_its_card(job, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "compare", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -225,7 +273,7 @@ def test_test_images_are_those_of_the_configuration_and_revision_that_are_named(
     monkeypatch.setattr(job_config, "load_images", lambda *args, **options: asked.append((args, options)) or iter(()))
     section = {"source": "owner/name", "split": "test", "config_name": "small", "revision": "v1"}
     with pytest.raises(ValueError):
-        controls.real_images(section, SpectralImageProcessor(image_size=16, num_channels=1))
+        controls.real_images(section, SpectralImageProcessor(image_size=16, num_channels=1), tiny_model().config)
     assert asked == [(("owner/name", "test"), {"config_name": "small", "revision": "v1"})]
 
 
@@ -267,7 +315,8 @@ def test_a_broken_test_image_is_left_out_of_the_controls(tmp_path):
     Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "data" / "test.parquet")
     section = {"source": str(tmp_path / "data"), "split": "test"}
     with pytest.warns(UserWarning, match="1 images could not be read"):
-        pixels, labels = train.real_images(section, SpectralImageProcessor(image_size=16, num_channels=1))
+        processor = SpectralImageProcessor(image_size=16, num_channels=1)
+        pixels, labels = train.real_images(section, processor, tiny_model().config)
     assert pixels.shape == (11, 1, 16, 16) and labels.tolist() == [0, 1, 2, 4, 5, 6, 7, 8, 9, 0, 1]
 
 

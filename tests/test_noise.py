@@ -12,7 +12,16 @@ from randomgen import AESCounter
 from scipy import stats
 
 from hf_spectral_dp.privacy import noise
-from hf_spectral_dp.privacy.noise import GaussianNoise, describe_randomness, noise_source, system_generator
+from hf_spectral_dp.privacy.noise import (
+    _TWISTER_START,
+    _TWISTER_WORDS,
+    GaussianNoise,
+    _keyed_state,
+    describe_randomness,
+    noise_source,
+    secret_coins,
+    system_generator,
+)
 
 
 def fixed(key: int) -> np.random.Generator:
@@ -333,3 +342,30 @@ def test_the_description_is_plain_text():
         assert "randomgen" in description["sampling"] and "Mironov" in description["known_limit"]
         assert ("randomgen" in description["generator"]) == (source == "cipher")
     assert "not a cryptographic generator" in description["generator"] and "64 bits" in description["key"]
+
+
+def test_what_a_model_draws_is_secret_and_leaves_the_seeded_generator_alone():
+    """Two steps under one seed draw other coins; what the seed gives afterwards is as if there had been none."""
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        with secret_coins():
+            drawn.append(torch.rand(2000))
+        after = torch.rand(3)
+    torch.manual_seed(7)
+    assert torch.equal(torch.rand(3), after)
+    assert abs(float(torch.corrcoef(torch.stack(drawn))[0, 1])) < 6 / 2000**0.5
+    for some in drawn:  # uniform: five standard errors
+        assert abs(float(some.mean()) - 0.5) < 5 * 12**-0.5 / 2000**0.5
+
+
+def test_the_state_of_the_generator_is_laid_out_as_assumed():
+    """The key fills every word that a seed decides, and nothing else; the seed itself is only noted in the first."""
+    states = [torch.Generator().manual_seed(85899347 * seed).get_state() for seed in range(50)]
+    differ = torch.stack([state != states[0] for state in states]).any(0)
+    words = slice(_TWISTER_START, _TWISTER_START + 8 * _TWISTER_WORDS)
+    assert differ[words].view(-1, 8)[:, :4].all() and not differ[words].view(-1, 8)[:, 4:].any()
+    assert not differ[words.stop :].any() and not differ[8 : words.start].any()
+    keyed = _keyed_state()
+    assert (keyed[words].view(-1, 8)[:, :4] != states[0][words].view(-1, 8)[:, :4]).any(1).all()
+    assert torch.equal(torch.Generator().get_state()[words.stop :], keyed[words.stop :])

@@ -3,8 +3,9 @@
 from types import SimpleNamespace
 
 import pytest
+from torch import nn
 
-from hf_spectral_dp.private_marks import UNRECORDED, marks, refuse_uncounted
+from hf_spectral_dp.private_marks import UNRECORDED, configured, marks, refuse_uncounted
 
 
 def network(*runs: str) -> SimpleNamespace:
@@ -14,6 +15,18 @@ def network(*runs: str) -> SimpleNamespace:
 def test_marks_are_those_of_all_networks_each_once():
     assert marks(network("a", "b"), network(), network("b", "c"), None, object()) == ["a", "b", "c"]
     assert marks() == marks(network()) == []
+
+
+def test_a_wrapper_without_a_config_hides_no_mark():
+    marked, wrapper = nn.Linear(1, 1), nn.Sequential(nn.Linear(1, 1), nn.Sequential(nn.Linear(1, 1)))
+    marked.config = SimpleNamespace(private_runs=["a"])
+    wrapper[1].append(marked)
+    assert configured(wrapper) == [marked] and marks(wrapper) == ["a"] and not marks(wrapper[0])
+    with pytest.raises(ValueError, match="private run 'a'"):
+        refuse_uncounted("it", wrapper)
+    outer = nn.Sequential(marked)
+    outer.config = SimpleNamespace(private_runs=["b"])
+    assert configured(outer) == [outer]  # what speaks for itself speaks for its parts
 
 
 def test_every_run_must_be_counted():

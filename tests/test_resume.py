@@ -133,6 +133,21 @@ def test_repeated_steps_draw_fresh_noise_and_are_charged_again(tmp_path):
     assert float((weights[0] - weights[1]).std()) > planned / 2
 
 
+def test_weights_of_a_checkpoint_are_marked_before_the_next_charge(tmp_path):
+    """Whoever stops a resumed run before its first step holds private weights."""
+
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    interrupted(tmp_path, 3)
+    again = trainer_in(tmp_path)
+    again.add_callback(Stop())
+    with pytest.raises(KeyboardInterrupt):
+        again.train(resume_from_checkpoint=True)
+    assert again.model.config.private_runs == [read_ledger(tmp_path / LEDGER)["head"]]
+
+
 def test_an_interrupted_step_leaves_nothing_for_the_next_one(tmp_path):
     """In a notebook the same trainer goes on; an example of the lost batch must not enter the sum of another."""
     trainer = trainer_in(tmp_path)

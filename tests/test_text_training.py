@@ -76,6 +76,7 @@ def test_a_step_sees_each_row_with_one_of_its_captions_or_none(encoder, processo
         model, arguments(tmp_path / "run", sampling_rate=1.0, expected_batch_size=None, max_steps=40), store
     )
     expected = torch.cat([encode_text(*encoder, CAPTIONS[:3], SLOTS), torch.zeros(1, SLOTS, WIDTH)]).flatten(1).float()
+    trainer._apart = True  # nothing is looked at beforehand
     seen, losses = [], trainer._losses
 
     def watched(model, rows):
@@ -144,6 +145,7 @@ def test_a_single_pass_takes_its_text_along(encoder, processor, tmp_path):
     store = store_of([[each] for each in CAPTIONS], tmp_path / "store", encoder, processor)
     args = arguments(tmp_path / "run", sampling="single_pass", expected_batch_size=6, max_steps=2)
     trainer = DPTrainer(text_model(text_dropout=0.0), args, store)
+    trainer._apart = True
     shown, losses = [], trainer._losses
     trainer._losses = lambda model, rows: shown.append(rows["text_states"]) or losses(model, rows)
     trainer.train()

@@ -137,7 +137,7 @@ def test_not_one_decodable_image_is_an_error_and_leaves_nothing(grey_model, proc
 
 
 def test_a_missing_label_gives_the_null_token(random_images, grey_model, processor, tmp_path):
-    labels = [None, -1, 3]
+    labels = [None, -1, 3.0]  # numbers as a column of CSV with an empty cell gives them
     rows = [{"image": image, "label": label} for image, label in zip(random_images, labels, strict=False)]
     store = build(rows, grey_model, processor, tmp_path / "store", label_column="label")
     null, third = grey_model.config.null_token_id, grey_model.config.class_token_ids[3]

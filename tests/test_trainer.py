@@ -6,7 +6,9 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import tiny_model, wild
+from peft import LoraConfig, get_peft_model
+from torch import nn
 
 from hf_spectral_dp import DPTrainer, DPTrainingArguments, privacy_report
 from hf_spectral_dp.privacy.ledger import LedgerError, read_ledger
@@ -300,6 +302,7 @@ def test_low_rank_adapters_train_alone_and_merge(tmp_path):
         ({"push_to_hub": True}, "push_to_hub=True"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size=True"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1"),
+        ({"debug": "underflow_overflow"}, "debug=.*what layers make of private rows"),
     ],
 )
 def test_arguments_that_cannot_work_are_refused(tmp_path, changes, message):
@@ -326,3 +329,74 @@ def test_arguments_that_do_not_fit_the_data_are_refused_before_it_is_read(tmp_pa
 def test_a_stream_is_refused(tmp_path):
     with pytest.raises(ValueError, match="cannot be sampled by index"):
         DPTrainer(tiny_model(), arguments(tmp_path), iter([]))
+
+
+def noiseless_step(model, args, rows: Rows) -> torch.Tensor:
+    """The clipped sum of all rows, as the trainer takes it."""
+    trainer = DPTrainer(model, args, rows)
+    trainer._noise.add_ = lambda tensors: None
+    before = torch.cat([p.detach().flatten().clone() for p in trainer._clipper.parameters.values()])
+    trainer.train()
+    after = torch.cat([p.detach().flatten() for p in trainer._clipper.parameters.values()])
+    return (before - after) * trainer.plan.expected_batch_size
+
+
+@pytest.mark.parametrize("kind", ["none", "attention dropout", "dropout of adapters", "noise on embeddings"])
+def test_what_the_model_draws_at_random_follows_no_public_seed(tmp_path, kind):
+    """Were masks given by the seed, one row less would move them, and with them the share of every other row."""
+    step = {
+        "expected_batch_size": None, "sampling_rate": 1.0, "max_steps": 1, "optim": "sgd", "learning_rate": 1.0,
+        "lr_scheduler_type": "constant", "seed": 1,
+    }  # fmt: skip
+    sums = []
+    for run in range(2):
+        model = wild(tiny_model())
+        if kind == "attention dropout":
+            for layer in model.model.layers:
+                layer.self_attn.attention_dropout = 0.2
+        if kind == "dropout of adapters":
+            lora = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], lora_dropout=0.2, init_lora_weights=False)
+            torch.manual_seed(0)
+            model = get_peft_model(model, lora)
+        more = {"neftune_noise_alpha": 5.0} if kind == "noise on embeddings" else {}
+        sums.append(noiseless_step(model, arguments(tmp_path / str(run), **step, **more), Rows(30)))
+    same = float((sums[0] - sums[1]).norm()) < 1e-4
+    assert same == (kind == "none")
+
+
+def test_a_loss_in_which_rows_see_each_other_is_refused_before_anything_is_charged(tmp_path):
+    model = tiny_model()
+    alone = model.per_example_loss
+    model.per_example_loss = lambda input_ids: alone(input_ids) / len(input_ids)
+    trainer = DPTrainer(model, arguments(tmp_path), Rows())
+    with pytest.raises(ValueError, match="depends on the examples beside it"):
+        trainer.train()
+    assert trainer.epsilon_spent == 0 and read_ledger(tmp_path / LEDGER)["charged"] == 0
+
+
+def test_weights_that_are_unfrozen_after_the_trainer_was_made_are_refused(tmp_path):
+    model = tiny_model()
+    model.model.requires_grad_(False)
+    trainer = DPTrainer(model, arguments(tmp_path), Rows())
+    model.model.requires_grad_(True)
+    with pytest.raises(ValueError, match="was frozen, or another tensor"):
+        trainer.train()
+    assert not (tmp_path / LEDGER).exists()
+
+
+def test_a_model_inside_a_wrapper_is_marked_and_refused(tmp_path):
+    class Wrapper(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.public = inner, tiny_model().requires_grad_(False)
+
+        def per_example_loss(self, input_ids):
+            return self.inner.per_example_loss(input_ids)
+
+    wrapper = Wrapper(tiny_model())
+    trainer = DPTrainer(wrapper, arguments(tmp_path / "first"), Rows())
+    trainer.train()
+    assert wrapper.inner.config.private_runs == [read_ledger(tmp_path / "first" / LEDGER)["head"]]
+    assert wrapper.public.config.private_runs is None
+    with pytest.raises(ValueError, match="came out of the private run"):
+        DPTrainer(Wrapper(wrapper.inner), arguments(tmp_path / "second"), Rows()).train()

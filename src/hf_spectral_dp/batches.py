@@ -105,7 +105,13 @@ class BatchLoader:
     def _draws(self, sampler: Any) -> Iterator[dict[str, Tensor]]:
         while True:
             chosen = sampler.next_batch()
-            yield self._dataset[chosen if self._units is None else self._units.draw(chosen)]
+            batch = self._dataset[chosen if self._units is None else self._units.draw(chosen)]
+            if any(len(values) != len(chosen) for values in batch.values()):
+                raise ValueError(
+                    "train_dataset gave more or fewer rows than it was asked for, and a unit may count once in a step;"
+                    " give one row for every index (several views of an image: build_token_store(..., views=...))."
+                )
+            yield batch
 
     def _passes(self, sampler: SinglePass) -> Iterator[dict[str, Tensor]]:
         while True:

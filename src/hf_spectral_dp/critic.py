@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .metrics.public_features import PublicFeatureConfig, PublicFeatureNetwork
+from .private_marks import marks
 from .safe_loading import HubModel
 
 
@@ -64,10 +65,11 @@ class Critic(HubModel, PreTrainedModel):
 
     @classmethod
     def on(cls, network: PublicFeatureNetwork, num_classes: int = 0) -> Any:
-        """An untrained critic that looks at images through a copy of a public network."""
+        """An untrained critic that looks at images through a copy of a public network, and has its marks."""
         names = ("image_size", "widths", "num_classes")
         critic = cls(cls.config_class(num_classes, {name: getattr(network.config, name) for name in names}))
         critic.network.load_state_dict(network.state_dict())
+        critic.config.private_runs = marks(network) or None
         return critic
 
     @torch.no_grad()

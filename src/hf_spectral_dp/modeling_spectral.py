@@ -382,7 +382,7 @@ class SpectralTokenizerForCausalLM(HubModel, PreTrainedModel, GenerationMixin):
             ValueError: a value out of range.
         """
         scales = len(self.config.layout.scales)
-        found = [temperature] * scales if isinstance(temperature, (int, float)) else list(temperature)
+        found = list(temperature) if isinstance(temperature, Sequence) else [float(temperature)] * scales
         if len(found) != scales or not all(each > 0 for each in found):
             raise ValueError(
                 f"temperature={temperature} must be > 0: one number, or {scales} of them, one per scale, coarse to"

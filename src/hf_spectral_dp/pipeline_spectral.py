@@ -9,6 +9,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -319,8 +320,8 @@ class DPSpectralPipeline(DiffusionPipeline):
                     " number; give one of them."
                 )
             num_images = num_images_per_prompt
-        if num_images < 1 or batch_size < 1:
-            raise ValueError(f"num_images={num_images} and batch_size={batch_size} must be at least 1.")
+        if not all(isinstance(number, Integral) and number >= 1 for number in (num_images, batch_size)):
+            raise ValueError(f"num_images={num_images} and batch_size={batch_size} must be integers of at least 1.")
         if generator is not None:
             device = self._execution_device.type  # diffusers walks through all modules for it
             if not isinstance(generator, torch.Generator) or generator.device.type != device:
@@ -350,7 +351,10 @@ class DPSpectralPipeline(DiffusionPipeline):
             raise ValueError(f"num_scales={num_scales} must be in [1, {len(scales)}], the scales of the model.")
         labels = None
         if class_labels is not None:
-            labels = torch.as_tensor(class_labels)
+            try:
+                labels = torch.as_tensor(class_labels)
+            except (RuntimeError, TypeError, ValueError):  # text, None, a set
+                labels = torch.empty(0)
             if not labels.numel() or labels.ndim > 1 or labels.is_floating_point() or labels.dtype == torch.bool:
                 raise ValueError(f"class_labels={class_labels} must be an integer or a non-empty list of integers.")
             labels = labels.long().reshape(-1).repeat_interleave(num_images)

@@ -11,9 +11,18 @@ UNRECORDED = "no ledger"
 """The mark of what private images shaped without a ledger, such as a twin: no card counts it."""
 
 
+def configured(network: Any) -> list[Any]:
+    """Where a network can be marked, the outermost parts with a config: itself, or what a wrapper without one holds."""
+    if getattr(network, "config", None) is not None:
+        return [network]
+    children = network.children() if hasattr(network, "children") else ()
+    return [part for child in children for part in configured(child)]
+
+
 def marks(*networks: Any) -> list[str]:
     """The runs that the configs of some networks name, each once; networks without a config name none."""
-    named = (getattr(getattr(network, "config", None), "private_runs", None) or [] for network in networks)
+    parts = (part for network in networks for part in configured(network))
+    named = (getattr(part.config, "private_runs", None) or [] for part in parts)
     return list(dict.fromkeys(run for runs in named for run in runs))
 
 
@@ -27,4 +36,4 @@ def refuse_uncounted(name: str, network: Any, counted: Collection[str] = ()) -> 
             )
 
 
-__all__ = ["UNRECORDED", "marks", "refuse_uncounted"]
+__all__ = ["UNRECORDED", "configured", "marks", "refuse_uncounted"]

@@ -75,7 +75,7 @@ class QuietTrainer(SavingTrainer):
         Raises:
             ValueError: an argument that would break the guarantee or publish what it does not cover.
         """
-        self.args.refuse_what_breaks_the_guarantee()
+        self.args.refuse_what_breaks_the_guarantee(self.callback_handler.callbacks)
         if self.args.log_private_loss:
             warnings.warn(
                 f"log_private_loss=True: the loss on private rows is logged as {UNPROTECTED_LOSS!r}. The guarantee does"

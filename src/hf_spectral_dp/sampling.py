@@ -92,8 +92,9 @@ def step(
         both = torch.cat([query, key], 1).view(rows, -1, width)
         both = torch.addcmul(both * cosine, both.roll(width // 2, -1), sine)
         query, key = both[:, :-heads] * attention.scaling, both[:, -heads:]
-        past_keys.index_copy_(1, place, key.reshape(rows * heads, 1, width))
-        past_values.index_copy_(1, place, attention.v_proj(normed).view(rows * heads, 1, width))
+        past_keys.index_copy_(1, place, key.reshape(rows * heads, 1, width).to(past_keys.dtype))
+        value = attention.v_proj(normed).view(rows * heads, 1, width)
+        past_values.index_copy_(1, place, value.to(past_values.dtype))
         # The query heads of one key-value head stand together: they are the rows of one product.
         scores = torch.bmm(query.reshape(rows * heads, -1, width), past_keys.transpose(1, 2))
         if bias is not None:

@@ -378,6 +378,8 @@ def _start_tokens(labels: Sequence[Any], config: Any, first_row: int) -> np.ndar
     for position, label in enumerate(labels):
         if label is None or label == -1:
             continue
+        if isinstance(label, float) and label.is_integer():  # as a column of CSV with an empty cell gives them
+            label = int(label)
         if not isinstance(label, int | np.integer) or not 0 <= label < config.num_classes:
             raise ValueError(
                 f"label {label!r} near row {first_row + position} is not in 0..{config.num_classes - 1};"

@@ -6,6 +6,8 @@ add up clipped per-example gradients, add noise once, write `p.grad`) and what i
 does not cover).
 """
 
+import hashlib
+import json
 import logging
 import os
 from collections.abc import Callable
@@ -28,7 +30,7 @@ from .privacy.ledger import LedgerError, PrivacyLedger, read_ledger
 from .privacy.mechanism import NoisyClippedMean
 from .privacy.noise import system_generator
 from .privacy_report import run_report
-from .private_marks import UNRECORDED, refuse_uncounted
+from .private_marks import UNRECORDED, configured, refuse_uncounted
 from .quiet_trainer import QuietTrainer
 from .training_args import DPTrainingArguments
 
@@ -59,9 +61,11 @@ class DPTrainer(QuietTrainer):
     `plan.adjacency`, by `PrivacyPlan` and post-processing. Assumptions: the number of units and all arguments are
     public and were not chosen by looking at the rows; whatever was trained on them before, the model included, was
     trained by the runs of `args.earlier_ledgers`, whose units are the same; `per_example_loss` of a row depends on that
-    row, the weights and releases of those runs alone; the text encoder is public, too; the time a step takes is not
-    observed; the checkpoints' optimizer states are covered by the guarantee, the token store is not, nor is the file
-    `privacy_ledger.jsonl`, which holds a hash of the rows (released is the hash of its last record, which is salted).
+    row, the weights, releases of those runs and what it draws from torch's global generators alone, whose keys are new
+    and secret in every step (`privacy.noise.secret_coins`); the text encoder is public, too; the time a step takes is
+    not observed; the checkpoints' optimizer states are covered by the guarantee, the token store is not, nor is the
+    file `privacy_ledger.jsonl`, which holds a hash of the rows (released is the hash of its last record, which is
+    salted).
     Which rows are shown without text is decided for each by a coin of its own, from the generator that draws batches;
     given all coins, every row is one fixed row, so the guarantee holds for each way they can fall, and by joint
     convexity for the mixture.
@@ -121,6 +125,7 @@ class DPTrainer(QuietTrainer):
         self._noise = self._mechanism.noise
         self._ledger: PrivacyLedger | None = None  # held by the first process only
         self._charged = 0
+        self._apart = False  # whether rows were seen not to see each other
         self._head = ""
         self.remove_callback(ProgressCallback)
         if not args.disable_tqdm:
@@ -151,7 +156,9 @@ class DPTrainer(QuietTrainer):
                 or one could not be saved.
         """
         self.check_quiet()
+        self._clipper.check_known()
         self._batches.check(self.get_train_dataloader())
+        self._check_alike()
         if resume_from_checkpoint and self.plan.sampling == "single_pass":
             raise ValueError(
                 "sampling='single_pass' cannot be resumed: where the stream stood is not known, and a row must not be"
@@ -160,6 +167,8 @@ class DPTrainer(QuietTrainer):
             )
         step = self.on_first(lambda: self._begin(resume_from_checkpoint))
         self._charged = self.from_first(self._charged)
+        if self._charged:  # the checkpoint's weights are loaded before the next charge
+            self._mark(self._head or UNRECORDED)
         if resume_from_checkpoint is True:
             checkpoint = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}" if step else None
         else:
@@ -190,18 +199,18 @@ class DPTrainer(QuietTrainer):
             Zero. The loss of private rows is private and not part of what the guarantee covers.
 
         Raises:
-            ValueError: `inputs` is not the batch that the plan's sampler drew last, or it was used already. Nothing is
-                charged then.
+            ValueError: `inputs` is not the batch that the plan's sampler drew last, or it was used already, or the
+                loss of a row depends on the rows beside it. Nothing is charged then.
         """
         self._batches.accept(inputs)
         model.train()
         bare = self.accelerator.unwrap_model(model)  # no gradient reaches autograd, so DDP has nothing to reduce
+        if not self._apart and len(inputs["input_ids"]) > 1:
+            self._check_apart(bare, inputs)
         self._charge()
         rows = self._with_some_text(inputs)
         indices = torch.arange(len(rows["input_ids"]))
-        released = self._mechanism.release(
-            indices, lambda some: self._losses(bare, {name: values[some] for name, values in rows.items()})
-        )
+        released = self._mechanism.release(indices, lambda some: self._noted(self._losses(bare, _some(rows, some))))
         for name, parameter in self._clipper.parameters.items():
             parameter.grad = released[name].to(parameter.dtype)
         return torch.zeros((), device=self.args.device)
@@ -217,9 +226,36 @@ class DPTrainer(QuietTrainer):
         with self.compute_loss_context_manager():
             on_device = {name: values.to(self.args.device) for name, values in rows.items()}
             weighted = {"scale_weights": self.args.scale_weights} if self.args.scale_weights else {}
-            losses = model.per_example_loss(**on_device, **weighted)
+            return model.per_example_loss(**on_device, **weighted)
+
+    def _noted(self, losses: Tensor) -> Tensor:
         self.note(losses)
         return losses
+
+    def _check_apart(self, model: Any, rows: dict[str, Tensor]) -> None:
+        """Once, before a charge: two rows of the first batch that has them, see `PerExampleClipper.check_apart`."""
+        model.eval()
+        self._clipper.check_apart(lambda some: self._losses(model, _some(rows, some)))
+        model.train()
+        self._apart = True
+
+    def _check_alike(self) -> None:
+        """Refuses processes with other rows or another plan than the first: its ledger pays for all of them.
+
+        Rows would be counted twice, or sampled more often, if one process had left out an image that the others hold.
+        """
+        if self.args.world_size == 1:
+            return
+        facts = json.dumps(self._header(), sort_keys=True).encode()
+        seen = torch.tensor(int.from_bytes(hashlib.sha256(facts).digest()[:7]), device=self.args.device)
+        least, most = seen.clone(), seen.clone()
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        if least != most:
+            raise ValueError(
+                "the processes do not train the same: rows (fingerprint), plan, arguments or trainable weights differ"
+                " between them. Build the token store once, and give every machine a copy of it."
+            )
 
     def seal(self) -> dict[str, Any]:
         return {"ledger_head": self._head, "charged": self._charged}
@@ -256,18 +292,7 @@ class DPTrainer(QuietTrainer):
         if resume and (folder / LEDGER).exists():
             known += read_ledger(folder / LEDGER)["heads"]  # the model may be what this very run left in memory
         refuse_uncounted("the model", self.accelerator.unwrap_model(self.model), known)
-        header = {
-            "plan": self.plan.to_dict(),
-            "clipping_norm": self.args.clipping_norm,
-            "data": str(getattr(self.train_dataset, "fingerprint", "stream")),
-            "trainable": {name: list(parameter.shape) for name, parameter in self._clipper.parameters.items()},
-            "noise": self._noise.source,
-            "log_private_loss": self.args.log_private_loss,
-        }
-        if self._persons:
-            header["persons"] = True
-        if self._earlier:  # not an empty list: ledgers that were begun before there was one can still be continued
-            header["earlier_runs"] = self._sealed_earlier()
+        header = self._header()
         if resume:
             head = state["ledger_head"] if state else None
             self._ledger = PrivacyLedger.open(folder / LEDGER, header, self.plan.steps, expected_head=head)
@@ -288,6 +313,22 @@ class DPTrainer(QuietTrainer):
             logger.warning("no checkpoint yet: %d charged steps are lost, and stay paid", self._charged)
         return int(path.name.rpartition("-")[2]) if resume is True and path else 0
 
+    def _header(self) -> dict[str, Any]:
+        """What the ledger says of the run, and what must not change while it goes on; plain JSON values."""
+        header = {
+            "plan": self.plan.to_dict(),
+            "clipping_norm": self.args.clipping_norm,
+            "data": str(getattr(self.train_dataset, "fingerprint", "stream")),
+            "trainable": {name: list(parameter.shape) for name, parameter in self._clipper.parameters.items()},
+            "noise": self._noise.source,
+            "log_private_loss": self.args.log_private_loss,
+        }
+        if self._persons:
+            header["persons"] = True
+        if self._earlier:  # not an empty list: ledgers that were begun before there was one can still be continued
+            header["earlier_runs"] = self._sealed_earlier()
+        return header
+
     def _charge(self) -> None:
         """Pays for the coming release, durably, before its noise is drawn; all processes wait for it."""
 
@@ -302,9 +343,9 @@ class DPTrainer(QuietTrainer):
 
     def _mark(self, run: str) -> None:
         """Writes into the model's config, which every saved copy carries, that private rows shaped it."""
-        config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
-        if config is not None:
-            config.private_runs = [run]
+        for part in configured(self.accelerator.unwrap_model(self.model)):
+            if any(parameter.requires_grad for parameter in part.parameters()):  # the others stay what they were
+                part.config.private_runs = [run]
 
     @torch.no_grad()
     def _follow(self) -> None:
@@ -363,6 +404,10 @@ class DPTrainer(QuietTrainer):
             },
             post_processing=post_processing,
         )
+
+
+def _some(rows: dict[str, Tensor], indices: Tensor) -> dict[str, Tensor]:
+    return {name: values[indices] for name, values in rows.items()}
 
 
 def _check_scale_weights(model: Any, scale_weights: list[float] | None) -> None:

@@ -3,11 +3,12 @@
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from .privacy.budget import SAMPLING, PrivacyBudget, PrivacyPlan
 from .privacy.ledger import LedgerError, read_ledger
@@ -159,8 +160,12 @@ class DPTrainingArguments(TrainingArguments):
             raise ValueError(f"lora_rank={self.lora_rank} must be 0 (train all weights) or positive.")
         self.refuse_what_breaks_the_guarantee()
 
-    def refuse_what_breaks_the_guarantee(self) -> None:
-        """Raises ValueError for an option of transformers that cannot be used; also after arguments were changed."""
+    def refuse_what_breaks_the_guarantee(self, callbacks: Iterable[Any] = ()) -> None:
+        """Raises ValueError for an option of transformers that cannot be used; also after arguments were changed.
+
+        Args:
+            callbacks: of the trainer. A tracker among them counts as one that `report_to` names.
+        """
         refused = [
             ("gradient_accumulation_steps", 1, "one step is one Poisson batch; use a larger expected_batch_size"),
             ("fp16", False, "its loss scaling acts before clipping; use bf16=True or float32"),
@@ -170,6 +175,7 @@ class DPTrainingArguments(TrainingArguments):
             ("push_to_hub", False, "checkpoints hold optimizer states; publish the finished pipeline instead"),
             ("save_on_each_node", False, "one process saves for all; use a folder that all nodes share"),
             ("label_smoothing_factor", 0.0, "it is not applied to the per-example loss"),
+            ("debug", [], "it prints what layers make of private rows"),
             ("include_num_input_tokens_seen", "no", "the count of tokens is that of the rows in the batches drawn"),
         ]
         for name, allowed, reason in refused:
@@ -180,9 +186,11 @@ class DPTrainingArguments(TrainingArguments):
                 "deepspeed and fsdp are not supported by DPTrainer, which saves and averages whole weights: run plain"
                 " data parallelism, or NoisyClippedMean in a loop of your own on a model split by fully_shard (FSDP2)."
             )
+        kinds = tuple(type(callback) for callback in callbacks)
         for tracker, (variable, default) in _UPLOADS.items():
             value = os.environ.get(variable, default)
-            if tracker in self.report_to and value.lower() not in _OFF:
+            listens = tracker in self.report_to or INTEGRATION_TO_CALLBACK[tracker] in kinds
+            if listens and value.lower() not in _OFF:
                 raise ValueError(
                     f"{variable}={value!r} lets {tracker} upload checkpoints, which hold optimizer states; set"
                     f" {variable}=false."

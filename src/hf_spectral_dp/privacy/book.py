@@ -59,7 +59,7 @@ class Book:
         # (B,) each, to be counted twice and once: what squared norms are made of, and of which sizes that was added up
         self._squares: tuple[list[Tensor], list[Tensor]] = ([], [])
         self._sizes: tuple[list[Tensor], list[Tensor]] = ([], [])
-        self._eps = 0.0  # of the type that it was added up in
+        self._eps = 0.0  # of the coarsest type that one was added up in
 
     # -- during the backward pass --------------------------------------------------------------------------------
 
@@ -164,7 +164,7 @@ class Book:
         """Adds the inner product of two symmetric matrices, in blocks as `_add_gram` makes them; overwrites `first`."""
         for index, (a, b) in enumerate(zip(first, second, strict=True)):
             products = a.mul_(b).view(self.batch_size, -1)
-            self._eps = torch.finfo(products.dtype).eps
+            self._eps = max(self._eps, torch.finfo(products.dtype).eps)
             once = index == len(first) - 1  # a block above the diagonal stands for its mirror image, too
             self._squares[once].append(products.sum(1))
             self._sizes[once].append(products.abs_().sum(1))

@@ -5,6 +5,7 @@ Exact for the layers that `recording` knows, and for all others by `fallback`: n
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ class PerExampleClipper:
     """Adds up clipped per-example gradients of a model over micro-batches.
 
     Args:
-        model: any module whose examples do not see each other (no batch statistics). Linear, Conv1D, Conv2d, Embedding,
+        model: any module whose examples do not see each other (no batch statistics), each the first dimension of what
+            its layers read; `check_apart` finds most that are otherwise. Linear, Conv1D, Conv2d, Embedding,
             LayerNorm, GroupNorm and RMSNorm layers, LoRA adapters and tied embeddings go by book-keeping; the
             parameters of all other modules by `torch.func.vmap`, slower and as exact, after one warning.
         clipping_norm: C, the largest Euclidean norm, over all trainable parameters together, of one example's share.
@@ -80,8 +82,8 @@ class PerExampleClipper:
             padding: how many of them, the last ones, stand for nobody and count exactly zero.
 
         Raises:
-            ValueError: losses of another shape, or a parameter used outside its module (its gradient would escape
-                the clipping). Nothing is added then.
+            ValueError: losses of another shape, or a parameter used outside its module or made trainable since (its
+                gradient would escape the clipping). Nothing is added then.
         """
         if not batch_size:
             return
@@ -108,6 +110,32 @@ class PerExampleClipper:
         with self._full_precision():
             return book.norms()
 
+    def check_known(self) -> None:
+        """Raises ValueError if a parameter is trainable that was not when the clipper was made."""
+        self._recorder.check_known()
+
+    def check_apart(self, losses: Callable[[Tensor], Tensor]) -> None:
+        """Tries on two examples whether the gradient of each is its own; adds nothing.
+
+        Found is a loss that is divided by something of the batch, and layers that read the examples along another
+        dimension than the first. Call it where the model draws nothing at random (`model.eval()`).
+
+        Args:
+            losses: maps indices of examples, (b,) of 0 and 1, to one loss per example.
+
+        Raises:
+            ValueError: a norm changes by more than half when the examples are alone.
+        """
+        both = self.per_example_norms(partial(losses, torch.arange(2)), 2)
+        alone = torch.cat([self.per_example_norms(partial(losses, torch.tensor([i])), 1) for i in range(2)])
+        larger, smaller = torch.maximum(both, alone), torch.minimum(both, alone)
+        if (larger > 1.5 * smaller + 1e-3 * self.clipping_norm).any():
+            raise ValueError(
+                "the gradient of an example depends on the examples beside it: let the loss of each be its own (no mean"
+                " over the batch, no batch statistics), and the first dimension in every layer be the example"
+                " (batch_first=True)."
+            )
+
     def take(self) -> dict[str, Tensor]:
         """The clipped sum since the last call, by parameter name, at least float32; zeros where nothing was added.
 
@@ -133,6 +161,7 @@ class PerExampleClipper:
 
     def _record(self, losses: Callable[[], Tensor], batch_size: int) -> Book:
         """One forward and one backward pass."""
+        self.check_known()
         before = {name: parameter.grad for name, parameter in self.parameters.items()}
         try:
             for parameter in self.parameters.values():

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .clipping import PerExampleClipper
-from .noise import GaussianNoise
+from .noise import GaussianNoise, secret_coins
 
 
 class NoisyClippedMean:
@@ -57,11 +57,13 @@ class NoisyClippedMean:
 
         Args:
             rows: this process's part of the batch (b, ...); b may be 0.
-            losses: maps some of the rows to one loss per row.
+            losses: maps some of the rows to one loss per row. What it draws at random, it draws from torch's global
+                generators: see `noise.secret_coins`.
         """
         try:
-            for some, padding in self._micro_batches(rows):
-                self.clipper.add(partial(losses, some), len(some), padding)
+            with secret_coins(self.noise.device):
+                for some, padding in self._micro_batches(rows):
+                    self.clipper.add(partial(losses, some), len(some), padding)
             sums = self.clipper.take()
         except BaseException:
             self.clipper.take()  # if this process trains again, no example may count in two sums

@@ -27,6 +27,7 @@ import math
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from typing import Any, Literal, NoReturn
 
@@ -37,6 +38,7 @@ from torch import Tensor
 
 _CHUNK = 1 << 20  # values drawn at once: 8 MiB of float64
 _PHILOX_DEVICES = ("cuda",)  # where torch.Generator is Philox; on the CPU it is a Mersenne twister of a 32-bit seed
+_TWISTER_WORDS, _TWISTER_START = 624, 24  # in the bytes of that generator's state, eight for each word
 
 
 class _Secret:
@@ -96,6 +98,39 @@ def system_generator() -> np.random.Generator:
     It cannot be seeded, pickled or copied (TypeError), and draws another stream in a forked child.
     """
     return _SystemGenerator()
+
+
+@contextmanager
+def secret_coins(device: torch.device | str = "cpu") -> Iterator[None]:
+    """Inside, what draws from torch's global generators, such as dropout, is keyed anew by the operating system.
+
+    Trainers seed these generators with a public number, and one row less moves the masks of all rows behind it: for
+    whoever knows the seed more than one row's share of a sum changes then.
+
+    Formal guarantee: masks drawn inside are secret, independent, and of one law for all rows, whatever place a row has.
+    Let them be drawn first: given these, a row is one fixed function of the weights, so what holds for a step given its
+    coins holds for the mixture, by joint convexity. Assumption: as for noise on a GPU, torch's generators look random
+    to the adversary, though none is cryptographic. On a GPU the key has 64 bits; on a CPU the whole state comes from
+    the cipher.
+
+    Args:
+        device: where the model computes. Its generator and the CPU's go on afterwards as if nothing had been drawn.
+    """
+    place = torch.device(device)
+    others, kind = ([], None) if place.type == "cpu" else ([place], place.type)
+    with torch.random.fork_rng(others, device_type=kind):  # the CPU's generator always
+        torch.set_rng_state(_keyed_state())
+        if kind is not None:
+            torch.get_device_module(kind).manual_seed(int.from_bytes(os.urandom(8), "little") >> 1)
+        yield
+
+
+def _keyed_state() -> Tensor:
+    """A state of torch's CPU generator, all of its words from the cipher; `manual_seed` would take 32 bits only."""
+    state = torch.Generator().get_state()
+    words = system_generator().integers(2**32, size=_TWISTER_WORDS, dtype=np.uint64)
+    state[_TWISTER_START : _TWISTER_START + words.nbytes] = torch.from_numpy(words.view(np.uint8))
+    return state
 
 
 def noise_source(device: torch.device | str = "cpu", secure_mode: bool = False) -> Literal["cipher", "philox"]:

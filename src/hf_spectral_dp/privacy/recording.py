@@ -291,6 +291,7 @@ class Recorder:
     """
 
     def __init__(self, model: nn.Module, memory_budget: float = 0):
+        self._model = model
         self.parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.sharded = any(isinstance(parameter, DTensor) for parameter in self.parameters.values())
         self._memory_budget = memory_budget
@@ -349,6 +350,16 @@ class Recorder:
                 "No book-keeping rule for %s: their per-example gradients come from torch.func.vmap, which is exact but"
                 " slower.", ", ".join(kinds),
             )  # fmt: skip
+
+    def check_known(self) -> None:
+        """Raises ValueError if a parameter is trainable that was not when the recorder was made."""
+        known = set(self.parameters.values())
+        for name, parameter in self._model.named_parameters():
+            if parameter.requires_grad and parameter not in known:
+                raise ValueError(
+                    f"{name} was frozen, or another tensor, when the model was taken over, so nothing would clip its"
+                    " gradient; choose what is trained before that (requires_grad_), and leave it so."
+                )
 
     @contextlib.contextmanager
     def recording(self, batch_size: int) -> Iterator[Book]:
