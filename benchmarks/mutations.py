@@ -409,6 +409,21 @@ MUTANTS = (
         killers=("test_book.py::test_rows_that_share_entries_with_another_use_are_refused",),
     ),
     Mutant(
+        "masks of dropout follow the public seed",
+        replaced=((NOISE, "torch.set_rng_state(_keyed_state())", "pass"),),
+        killers=("test_trainer.py::test_what_the_model_draws_at_random_follows_no_public_seed",),
+    ),
+    Mutant(
+        "weights that are unfrozen later take their gradient as it is",
+        replaced=(("privacy/recording.py", "if parameter.requires_grad and parameter not in known:", "if False:"),),
+        killers=("test_clipping.py::test_a_weight_that_is_unfrozen_later_is_refused",),
+    ),
+    Mutant(
+        "a data set may give several rows for one unit",
+        replaced=(("batches.py", "if any(len(values) != len(chosen) for values in batch.values()):", "if False:"),),
+        killers=("test_batches.py::test_a_data_set_that_gives_more_rows_than_asked_for_is_refused",),
+    ),
+    Mutant(
         "batches from a shuffled list",
         appended=((SAMPLING, _SHUFFLED),),
         killers=(

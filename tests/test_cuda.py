@@ -11,6 +11,7 @@ from test_trainer import Rows, arguments
 from hf_spectral_dp import DPSpectralPipeline, DPTrainer, SpectralImageProcessor
 from hf_spectral_dp.privacy.audit import mechanism_audit
 from hf_spectral_dp.privacy.clipping import PerExampleClipper
+from hf_spectral_dp.privacy.noise import secret_coins
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
@@ -27,6 +28,18 @@ def explicit(model, rows: torch.Tensor, clipping_norm: float) -> list[torch.Tens
 
 def flat(sums: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.cat([total.flatten() for total in sums.values()]).double().cpu()
+
+
+def test_what_a_model_draws_there_is_secret_and_leaves_the_seeded_generator_alone():
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        with secret_coins("cuda"):
+            drawn.append(torch.rand(2000, device="cuda"))
+        after = torch.rand(3, device="cuda")
+    torch.manual_seed(7)
+    assert torch.equal(torch.rand(3, device="cuda"), after)
+    assert abs(float(torch.corrcoef(torch.stack(drawn))[0, 1])) < 6 / 2000**0.5
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])

@@ -77,7 +77,8 @@ class PerExampleClipper:
 
         Args:
             losses: runs the model and returns one loss per example, (batch_size,). The loss of one example must not
-                depend on another: no mean over the batch, no divisor that counts tokens of the batch.
+                depend on another: no mean over the batch, no divisor that counts tokens of the batch. Where it draws at
+                random (dropout), call this inside `noise.secret_coins`, as `NoisyClippedMean` does.
             batch_size: number of examples; with 0 nothing is run.
             padding: how many of them, the last ones, stand for nobody and count exactly zero.
 
