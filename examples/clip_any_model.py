@@ -18,7 +18,7 @@ from hf_spectral_dp.privacy.sampling import PoissonSampler
 
 argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 model = GPT2LMHeadModel(GPT2Config(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))  # 124 million weights, tied
-# Without dropout, or inside hf_spectral_dp.privacy.noise.secret_coins(): its masks must not follow a seed that is known.
+# No dropout, or all of it inside privacy.noise.secret_coins(): masks must not follow a seed that others know.
 texts = torch.randint(50257, (64, 33))  # your private token rows
 plan = PrivacyBudget(epsilon=8.0).calibrate(num_examples=len(texts), sampling_rate=0.1, steps=2)
 sampler, clipper = PoissonSampler(len(texts), plan.sampling_rate), PerExampleClipper(model, clipping_norm=1.0)
