@@ -283,6 +283,13 @@ def test_low_rank_adapters_train_alone_and_merge(tmp_path):
     assert trainer.privacy_report()["training"]["adapter"] == {"type": "lora", "rank": 2}
 
 
+def test_adapters_that_the_user_put_in_are_reported(tmp_path):
+    adapted = get_peft_model(tiny_model(), LoraConfig(r=3, target_modules=["q_proj"]))
+    trainer = DPTrainer(adapted, arguments(tmp_path), Rows())
+    trainer.train()
+    assert trainer.privacy_report()["training"]["adapter"] == {"type": "lora", "rank": 3}
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [

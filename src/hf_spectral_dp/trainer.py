@@ -394,7 +394,7 @@ class DPTrainer(QuietTrainer):
             earlier_runs=self._sealed_earlier(),
             training={
                 "trainable_parameters": sum(parameter.numel() for parameter in self._clipper.parameters.values()),
-                "adapter": {"type": "lora", "rank": args.lora_rank} if args.lora_rank else None,
+                "adapter": _adapter(self.accelerator.unwrap_model(self.model)),
                 "optimizer": str(getattr(args.optim, "value", args.optim)),
                 "learning_rate": args.learning_rate,
                 "lr_scheduler": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
@@ -404,6 +404,12 @@ class DPTrainer(QuietTrainer):
             },
             post_processing=post_processing,
         )
+
+
+def _adapter(model: Any) -> dict[str, Any] | None:
+    """Kind and rank of the adapter that is trained, whoever put it in; None without one."""
+    config: Any = model.active_peft_config if isinstance(model, PeftModel) else None
+    return {"type": config.peft_type.value.lower(), "rank": config.r} if hasattr(config, "r") else None
 
 
 def _some(rows: dict[str, Tensor], indices: Tensor) -> dict[str, Tensor]:
