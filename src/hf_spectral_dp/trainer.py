@@ -233,7 +233,10 @@ class DPTrainer(QuietTrainer):
         return losses
 
     def _check_apart(self, model: Any, rows: dict[str, Tensor]) -> None:
-        """Once, before a charge: two rows of the first batch that has them, see `PerExampleClipper.check_apart`."""
+        """Once, before a charge: two rows of the first batch that has them, see `PerExampleClipper.check_apart`.
+
+        It refuses a model, whatever the rows; the message says nothing of them, and nothing was released before it.
+        """
         model.eval()
         self._clipper.check_apart(lambda some: self._losses(model, _some(rows, some)))
         model.train()
