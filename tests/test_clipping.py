@@ -495,3 +495,9 @@ def test_examples_that_see_each_other_are_found():
     ):
         with pytest.raises(ValueError, match="depends on the examples beside it|dimension to be the example"):
             PerExampleClipper(module, 1.0).check_apart(losses)
+
+
+def test_a_loss_that_is_random_by_itself_passes():
+    """As that of a diffusion model, whose noise and time are other ones each time."""
+    layer, x = nn.Linear(4, 3), torch.randn(2, 4)
+    PerExampleClipper(layer, 1.0).check_apart(lambda some: layer(x[some] * torch.rand(len(some), 1)).square().sum(1))
