@@ -416,7 +416,7 @@ MUTANTS = (
     Mutant(
         "weights that are unfrozen later take their gradient as it is",
         replaced=(("privacy/recording.py", "if parameter.requires_grad and parameter not in known:", "if False:"),),
-        killers=("test_clipping.py::test_a_weight_that_is_unfrozen_later_is_refused",),
+        killers=("test_clipping_refusals.py::test_a_weight_that_is_unfrozen_later_is_refused",),
     ),
     Mutant(
         "a data set may give several rows for one unit",
