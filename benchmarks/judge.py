@@ -42,8 +42,7 @@ class LiteFeatures:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        larger = F.interpolate(images, self.side, mode="bicubic", antialias=True, align_corners=False)
-        levels = (larger.clamp(-1, 1) + 1) * 127.5
+        levels = _levels(images, self.side)
         return self.network.extract_features((levels.expand(-1, 3, -1, -1) - 127) / 128).mean((2, 3))
 
 
@@ -75,12 +74,12 @@ class FaceFeatures:
         self._detector = dlib.get_frontal_face_detector()
 
     def __call__(self, images: Tensor) -> Tensor:
-        return torch.tensor(np.array(self._network.compute_face_descriptor(_levels(images, self.side))))
+        return torch.tensor(np.array(self._network.compute_face_descriptor(_arrays(images, self.side))))
 
     def found(self, images: Tensor) -> int:
         """In how many of the images (B, 3, H, W) the detector, which goes by oriented gradients, finds a face."""
         around = ((self.margin, self.margin), (self.margin, self.margin), (0, 0))
-        faces = (np.pad(image, around, mode="edge") for image in _levels(images, self.detector_side))
+        faces = (np.pad(image, around, mode="edge") for image in _arrays(images, self.detector_side))
         return sum(len(self._detector(face)) > 0 for face in faces)
 
 
@@ -89,10 +88,15 @@ def judges_of(name: str) -> list[FeatureExtractor]:
     return [LiteFeatures(), *([FaceFeatures()] if name.startswith("faces") else [])]
 
 
-def _levels(images: Tensor, side: int) -> list[np.ndarray]:
-    """Images (B, 3, H, W) in [-1, 1] as arrays (side, side, 3) of uint8."""
-    resized = F.interpolate(images, side, mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
-    return list(((resized + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy())
+def _levels(images: Tensor, side: int) -> Tensor:
+    """Images (B, C, H, W) in [-1, 1] at another side, in [0, 255]."""
+    resized = F.interpolate(images, side, mode="bicubic", antialias=True, align_corners=False)
+    return (resized.clamp(-1, 1) + 1) * 127.5
+
+
+def _arrays(images: Tensor, side: int) -> list[np.ndarray]:
+    """The same as arrays (side, side, C) of uint8."""
+    return list(_levels(images, side).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy())
 
 
 def seen(extractor: FeatureExtractor, images: Tensor) -> Tensor:

@@ -201,7 +201,8 @@ def main() -> None:
     # 1. Everything that can be refused is refused here, before any image is read.
     config = read_config(arguments.config)
     output = Path(arguments.output or config.get("output", "runs/latest"))
-    if output.exists() and any(output.iterdir()) and not arguments.resume:
+    taken = output.is_file() or output.is_dir() and any(output.iterdir())  # a refused run leaves an empty folder
+    if taken and not arguments.resume:
         raise SystemExit(f"output={str(output)!r} exists; pass --resume to go on, or choose another --output.")
     for name in ("target_epsilon", "lora_rank"):
         if getattr(arguments, name) is not None:

@@ -242,6 +242,18 @@ def test_a_run_that_was_refused_does_not_stand_in_the_way_of_the_next(job, tmp_p
             run_here(job, tmp_path, monkeypatch)
 
 
+def test_a_file_or_a_folder_in_use_is_no_place_for_a_run(job, tmp_path, monkeypatch):
+    out = Path(job["output"])
+    out.write_text("something else")
+    with pytest.raises(SystemExit, match="exists; pass --resume to go on"):
+        run_here(job, tmp_path, monkeypatch)
+    out.unlink()
+    out.mkdir()
+    (out / "notes.txt").write_text("something else")
+    with pytest.raises(SystemExit, match="exists; pass --resume to go on"):
+        run_here(job, tmp_path, monkeypatch)
+
+
 def test_without_labels_the_model_has_no_classes(job, tmp_path, monkeypatch):
     """Those of the prior would be drawn by class tokens that no private row ever had."""
     del job["data"]["label_column"], job["evaluation"]
