@@ -1,6 +1,6 @@
 """Private critics in the quality benchmark: as examples/train.py has them, on rows in memory.
 
-Where classes count, at a tenth of the budget at epsilon 10, three tenths at 1, a critic of classes is trained by
+Where classes count, a critic of classes is trained at three tenths of the budget by
 `DPTrainer` on features of the private images; it chooses the public photos from which the public model learns the
 classes, and later among generated images. Where only the images count, a tenth of the budget is for their mean: by it
 super-resolution learns detail, if a size asks for it, and images are chosen among those drawn.
@@ -21,10 +21,12 @@ from benchmarks.quality_methods import Cost, TokenGenerator, train_publicly
 from hf_spectral_dp import ClassCritic, DPTrainer, MeanCritic
 from hf_spectral_dp.feature_rows import RowsInMemory, critic_arguments, draw_choices, mean_arguments
 from hf_spectral_dp.metrics.features import PublicFeatures
+from hf_spectral_dp.metrics.public_features import EYE
 from hf_spectral_dp.super_resolution_training import MENDING, mend_towards, public_squares
 from hf_spectral_dp.trainer import LEDGER
 
 CHOICES = 8  # images of which the private mean keeps one
+CLASS_SHARE = 0.3  # of epsilon, for the private critic of classes
 MEAN_SHARE = 0.1  # of epsilon, for the private mean
 SHARE = 0.1  # of the photos that are learned from for each class
 TEMPERATURE = 1.0
@@ -34,11 +36,6 @@ After private training at epsilon 10 their Frechet distance is 245 at 1, 0.3, 0.
 pictograms), 84 at 1, 0.8, 0.8, 64 at 1, and 111 at 0.8. Where the critic keeps one of five, they are 92, 79 and 73 at
 1 for the coarse tokens and 0.8, 0.9, 1 for the others.
 """
-
-
-def critic_settings(epsilon: float) -> tuple[float, float]:
-    """(epsilon, learning rate) of the critic, for a total of `epsilon`; the rest is as `critic_arguments` has it."""
-    return (0.1 * epsilon, 20.0) if epsilon >= 4 else (0.3 * epsilon, 10.0)
 
 
 def photo_rows(generator: TokenGenerator, photos: Tensor) -> Tensor:
@@ -56,7 +53,7 @@ def features(generator: TokenGenerator, critic: ClassCritic, rows: Tensor) -> Te
 def learn_classes(
     generator: TokenGenerator, rows: Tensor, photos: Tensor, epsilon: float, delta: float, steps: int, folder: Path
 ) -> tuple[str, Cost]:
-    """Trains a critic within `critic_settings(epsilon)`, teaches the generator the classes, gives it the critic.
+    """Trains a critic within `CLASS_SHARE` of epsilon, teaches the generator the classes, gives it the critic.
 
     Args:
         rows: private token rows. photos: public, of the model's own size.
@@ -67,13 +64,12 @@ def learn_classes(
         The critic's ledger, for `earlier_ledgers` of the training that follows, and what the ordinary training took.
     """
     model, classes = generator.model, generator.model.config.num_classes
-    critic = ClassCritic.on(PublicFeatures().network, classes).to(model.device)
+    critic = ClassCritic.on(PublicFeatures(EYE).network, classes).to(model.device)
     public_rows, mirrored = photo_rows(generator, photos), photo_rows(generator, photos.flip(-1))
     public = features(generator, critic, public_rows)
     critic.fit(public)
-    spent, rate = critic_settings(epsilon)
     arguments = critic_arguments(
-        str(folder), spent, delta, learning_rate=rate, disable_tqdm=True, logging_strategy="no",
+        str(folder), CLASS_SHARE * epsilon, delta, disable_tqdm=True, logging_strategy="no",
         use_cpu=model.device.type == "cpu",
     )  # fmt: skip
     labels = model.labels_of(rows[:, :1]).float()

@@ -59,7 +59,7 @@ class Size:
 
 
 SIZES = {
-    "quick": Size(600, 300, 600, 20, 8, 4, 64, 8, 6, 1, 2, 100, (16, 32), 4, photos=600, taught=4),
+    "quick": Size(600, 300, 700, 20, 8, 4, 64, 8, 6, 1, 2, 100, (16, 32), 4, photos=700, taught=4),
     "small": Size(20000, 3000, 4000, 100, 250, 24, 512, 250, 150, 1, 2, 1000, (16, 32), 20),
     # Half the public rows of the bundled model of photos; a row of diffusion costs more than one of the others.
     "photos": Size(20000, 1500, 44000, 500, 4000, 60, 2048, 2000, 0, 1, 2, 1000, (16, 32), 20, 0.6),

@@ -19,6 +19,7 @@ import argparse
 from pathlib import Path
 
 import torch
+from rebuild import rebuild_command
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -42,7 +43,7 @@ privacy on {images:,} public images ({public}); mean loss over the last steps {l
 Rebuild:
 
     python examples/pretrain_codec.py {codec_arguments}
-    python examples/pretrain.py {arguments}
+    {command}
 """
 
 
@@ -183,8 +184,8 @@ def main() -> None:
     processor.save_pretrained(arguments.out)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     unused = () if encoder else ("max_text_tokens", "text_dropout")
-    options = {key: value for key, value in vars(arguments).items() if value not in (None, "") and key not in unused}
-    codec_arguments = options.pop("codec_arguments", f"--out {arguments.codec} ...")
+    options = vars(arguments) | dict.fromkeys(unused)
+    codec_arguments = options.pop("codec_arguments") or f"--out {arguments.codec} ..."
     card = CARD.format(
         public="digits drawn by examples/public_glyphs.py" if glyphs else arguments.public,
         license=arguments.license,
@@ -193,9 +194,7 @@ def main() -> None:
         images=len(store),
         loss=sum(losses[-3:]) / len(losses[-3:]) if losses else float("nan"),
         codec_arguments=codec_arguments,
-        arguments=" ".join(
-            f"--{key}" if value is True else f"--{key} {value}" for key, value in options.items() if value is not False
-        ),
+        command=rebuild_command("pretrain.py", options),
     )
     Path(arguments.out, "README.md").write_text(card, encoding="utf-8")
     print(f"saved to {arguments.out}")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from rebuild import rebuild_command
 from torch import Tensor
 
 from hf_spectral_dp import SpectralImageProcessor
@@ -151,25 +152,21 @@ def main() -> None:
     scale_features(model, images[:10_000])
     right = accuracy(model, test, test_labels)
     model.half().save_pretrained(arguments.out)
-    options = {name: value for name, value in vars(arguments).items() if name not in ("out", "public", "name", "terms")}
-    words = " ".join(
-        f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}" for name, value in options.items()
-    )
-    name = arguments.name or arguments.public
+    options = vars(arguments) | {"public": arguments.name or arguments.public, "name": None, "terms": None}
     card = CARD.format(
         license=arguments.license,
         terms=arguments.terms,
         parameters=model.num_parameters(),
         dim=sum(arguments.widths[2:]),
         images=len(images),
-        public=name,
+        public=options["public"],
         split=arguments.split,
         classes=len(classes),
         epochs=arguments.epochs,
         minutes=minutes,
         held_out=held_out,
         accuracy=right,
-        command=f"python examples/train_features.py --public {name} {words} --out {arguments.out}",
+        command=rebuild_command("train_features.py", options),
     )
     Path(arguments.out, "README.md").write_text(card, encoding="utf-8")
     print(f"top-1 accuracy {right:.1%} on held-out public images; saved to {arguments.out}")

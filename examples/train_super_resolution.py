@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from rebuild import rebuild_command
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
@@ -153,15 +154,7 @@ def main() -> None:
         return float(10 * torch.log10(4 / error))
 
     model.save_pretrained(arguments.out)
-    given = {name: value for name, value in vars(arguments).items() if name != "out"}
-    if prior is None:
-        del given["temperature"]
-    words = (
-        f"--{name}" if value is True else f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
-        for name, value in given.items()
-        if value is not None and value is not False
-    )
-    options = " ".join(words)
+    options = vars(arguments) | ({} if prior is not None else {"temperature": None})
     card = CARD.format(
         scale=arguments.scale,
         channels=arguments.channels,
@@ -180,7 +173,7 @@ def main() -> None:
         psnr=psnr(model),
         bicubic=psnr("bicubic"),
         nearest=psnr("nearest"),
-        command=f"python examples/train_super_resolution.py {options} --out {arguments.out}",
+        command=rebuild_command("train_super_resolution.py", options),
     )
     Path(arguments.out, "README.md").write_text(card, encoding="utf-8")
     print(f"PSNR {psnr(model):.2f} dB, bicubic {psnr('bicubic'):.2f} dB; saved to {arguments.out}")

@@ -25,7 +25,7 @@ from hf_spectral_dp import ClassCritic, DPTrainingArguments, SpectralTokenizerFo
 from hf_spectral_dp.feature_rows import FeatureRows, features_of, features_of_rows
 from hf_spectral_dp.image_sources import load_images
 from hf_spectral_dp.metrics.features import PublicFeatures
-from hf_spectral_dp.metrics.public_features import CHECKPOINT
+from hf_spectral_dp.metrics.public_features import EYE
 from hf_spectral_dp.private_marks import marks
 from hf_spectral_dp.token_store import TokenStore, build_token_store
 from hf_spectral_dp.views import Views
@@ -88,7 +88,7 @@ def taught(
     if known:
         critic = ClassCritic.from_pretrained(folder)
     else:
-        network = PublicFeatures(section.get("network", CHECKPOINT)).network
+        network = PublicFeatures(section.get("network", EYE)).network
         critic = ClassCritic.on(network, model.config.num_classes)
     features = features_of(model.eval(), detail, critic.features)
     # Every process draws its own view of a photo; what they whiten by, and choose, must be the same.

@@ -26,7 +26,7 @@ def checkpoints() -> list[Path]:
 
 def test_they_are_small_and_hold_nothing_but_weights_configs_and_a_card():
     files = [path for folder in checkpoints() for path in folder.rglob("*")]
-    assert sum(path.stat().st_size for path in files) <= 28 * 2**20  # half of it the wide model of photos
+    assert sum(path.stat().st_size for path in files) <= 31 * 2**20  # half of it the wide model of photos
     assert {path.name for path in files} <= ALLOWED
 
 

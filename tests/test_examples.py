@@ -344,7 +344,7 @@ def test_every_config_of_the_repository_is_readable(path):
 
 @pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 def test_help_teaches(script, monkeypatch, capsys):
-    if script.stem in ("public_glyphs", "controls", "critics", "job_config", "private_mean", "warm_start"):
+    if script.stem in ("public_glyphs", "controls", "critics", "job_config", "private_mean", "rebuild", "warm_start"):
         pytest.skip("imported by others, not run")
     monkeypatch.setattr(sys, "argv", [script.name, "--help"])
     with pytest.raises(SystemExit) as ended:

@@ -5,6 +5,7 @@ import torch
 
 from benchmarks.quality_critic import (
     CHOICES,
+    CLASS_SHARE,
     MEAN_SHARE,
     choose_by,
     features,
@@ -36,9 +37,10 @@ def generator() -> TokenGenerator:
 def test_critic_and_training_share_one_budget(generator, tmp_path):
     labels = torch.arange(50) % 2
     rows = generator.rows(images(50, 1), labels)
-    ledger, cost = learn_classes(generator, rows, images(450, 2), 8.0, 1e-5, steps=8, folder=tmp_path)
+    ledger, cost = learn_classes(generator, rows, images(650, 2), 8.0, 1e-5, steps=8, folder=tmp_path)
     critic_run = read_ledger(ledger)
-    assert critic_run["charged"] == 20 and cost.steps == 8 and cost.flops > 0 and cost.epsilon is None
+    assert critic_run["charged"] == 40 and critic_run["header"]["plan"]["target_epsilon"] == 8.0 * CLASS_SHARE
+    assert cost.steps == 8 and cost.flops > 0 and cost.epsilon is None
     assert generator.critic is not None and generator.critic.regression.weight.abs().sum() > 0
     settings = {"max_steps": 3, "expected_batch_size": 10, "micro_batch_size": 10}
     own = train_privately(generator, rows, 8.0, 1e-5, **settings, earlier_ledgers=[ledger])

@@ -66,7 +66,7 @@ class Critic(HubModel, PreTrainedModel):
     @classmethod
     def on(cls, network: PublicFeatureNetwork, num_classes: int = 0) -> Any:
         """An untrained critic that looks at images through a copy of a public network, and has its marks."""
-        names = ("image_size", "widths", "num_classes")
+        names = ("image_size", "widths", "num_classes", "architecture")
         critic = cls(cls.config_class(num_classes, {name: getattr(network.config, name) for name in names}))
         critic.network.load_state_dict(network.state_dict())
         critic.config.private_runs = marks(network) or None

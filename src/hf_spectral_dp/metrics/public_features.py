@@ -1,7 +1,9 @@
-"""The feature extractor that needs no download: a small convolutional network trained on public photos, and shipped.
+"""The feature extractors that need no download: small convolutional networks trained on public photos, and shipped.
 
-Metrics on its features order degradations (blur, noise, JPEG, wrong colours, missing classes) by their strength, which
-`python -m benchmarks.features` shows. Its figures are no Inception FID and must not be compared with published ones.
+`CHECKPOINT` is for metrics: on its features they order degradations (blur, noise, JPEG, wrong colours, missing classes)
+by their strength, which `python -m benchmarks.features` shows. Its figures are no Inception FID and must not be
+compared with published ones. `EYE` is for critics of classes: it was trained to know objects in small images, blurred
+as a codec blurs them or not, so it overlooks what metrics have to see.
 """
 
 from pathlib import Path
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "public-features"
+EYE = Path(__file__).parents[1] / "checkpoints" / "public-eye"
 
 
 class PublicFeatureConfig(PretrainedConfig):
@@ -19,9 +22,16 @@ class PublicFeatureConfig(PretrainedConfig):
 
     Args:
         image_size: side to which images are brought, a multiple of 16.
-        widths: channels of the stem and of each stage; every stage halves the side, those after the first two end in
-            a residual block and give features.
+        widths: channels of the stem and of each stage; every stage halves the side, those after the first two give
+            features.
         num_classes: outputs of the classifier that trains the network.
+        architecture: "strided", where convolutions halve the side and those stages end in a residual block of one, or
+            "resnet9", where the largest of 2 x 2 is kept and two stages have a residual block of two convolutions
+            (D. Page's network for CIFAR-10; ResNet, arXiv:1512.03385). It has four widths, and is some ten times as
+            slow at the same ones.
+
+    Raises:
+        ValueError: no such architecture, or not four widths for "resnet9".
     """
 
     model_type = "spectral_public_features"
@@ -31,9 +41,15 @@ class PublicFeatureConfig(PretrainedConfig):
         image_size: int = 64,
         widths: tuple[int, ...] = (16, 32, 64, 128, 256),
         num_classes: int = 200,
+        architecture: str = "strided",
         **kwargs,
     ):
         super().__init__(**kwargs)
+        if architecture not in ("strided", "resnet9"):
+            raise ValueError(f"architecture={architecture!r} is unknown; choose 'strided' or 'resnet9'.")
+        if architecture == "resnet9" and len(widths) != 4:
+            raise ValueError(f"widths={list(widths)} are {len(widths)}; 'resnet9' has four, such as 32 64 128 256.")
+        self.architecture = architecture
         self.image_size = image_size
         self.widths = list(widths)
         self.num_classes = num_classes
@@ -57,11 +73,42 @@ def _stage(inputs: int, outputs: int, stride: int, residual: bool) -> nn.Sequent
     return nn.Sequential(*layers, *([_Residual(outputs)] if residual else []))
 
 
-class PublicFeatureNetwork(PreTrainedModel):
-    """A residual network for 64x64 colour photos with features of three depths.
+def _strided(widths: list[int]) -> list[nn.Module]:
+    return [
+        _stage(inputs, outputs, stride=1 if depth == 0 else 2, residual=depth > 1)
+        for depth, (inputs, outputs) in enumerate(zip([3, *widths], widths, strict=False))
+    ]
 
-    The features of an image are the spatial means of the outputs of the last three stages, each channel scaled to mean
-    0 and variance 1 over the public photos it was trained on, so that texture, parts and objects weigh the same.
+
+class _Double(nn.Sequential):
+    """x + relu(norm(conv(relu(norm(conv(x)))))): two convolutions."""
+
+    def __init__(self, channels: int):
+        super().__init__(*(layer for _ in range(2) for layer in _stage(channels, channels, 1, residual=False)))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + super().forward(hidden)
+
+
+def _resnet9(first: int, second: int, third: int, fourth: int) -> list[nn.Module]:
+    def pooled(inputs: int, outputs: int) -> list[nn.Module]:
+        return [*_stage(inputs, outputs, 1, residual=False), nn.MaxPool2d(2)]
+
+    return [
+        _stage(3, first, 1, residual=False),
+        nn.Sequential(*pooled(first, second)),
+        nn.Sequential(_Double(second), *pooled(second, third)),
+        nn.Sequential(*pooled(third, fourth), _Double(fourth)),
+    ]
+
+
+class PublicFeatureNetwork(PreTrainedModel):
+    """A residual network for small colour photos with features of several depths.
+
+    The features of an image are the spatial means of the outputs of the stages after the first two, each channel scaled
+    to mean 0 and variance 1 over the public photos it was trained on, so that texture, parts and objects weigh the
+    same. A "resnet9" has the largest values of the last stage, too, and its features are those of an image and of its
+    mirror image, averaged.
     """
 
     config_class = PublicFeatureConfig
@@ -70,14 +117,13 @@ class PublicFeatureNetwork(PreTrainedModel):
 
     def __init__(self, config: PublicFeatureConfig):
         super().__init__(config)
-        widths = config.widths
-        self.stages = nn.ModuleList(
-            _stage(inputs, outputs, stride=1 if depth == 0 else 2, residual=depth > 1)
-            for depth, (inputs, outputs) in enumerate(zip([3, *widths], widths, strict=False))
-        )
+        widths, self.peaks = config.widths, config.architecture == "resnet9"
+        stages = _resnet9(*widths) if self.peaks else _strided(widths)
+        self.stages = nn.ModuleList(stages)
         self.classifier = nn.Linear(widths[-1], config.num_classes)
-        self.register_buffer("feature_mean", torch.zeros(sum(widths[2:])))
-        self.register_buffer("feature_scale", torch.ones(sum(widths[2:])))
+        dim = sum(widths[2:]) + (widths[-1] if self.peaks else 0)
+        self.register_buffer("feature_mean", torch.zeros(dim))
+        self.register_buffer("feature_scale", torch.ones(dim))
         self.post_init()
 
     @torch.no_grad()
@@ -95,7 +141,7 @@ class PublicFeatureNetwork(PreTrainedModel):
         return images.expand(-1, 3, -1, -1).to(memory_format=torch.channels_last)
 
     def maps(self, images: Tensor) -> list[Tensor]:
-        """Outputs of the last three stages, (B, C, h, w) each, for prepared images."""
+        """Outputs of the stages after the first two, (B, C, h, w) each, for prepared images."""
         found = []
         for depth, stage in enumerate(self.stages):
             images = stage(images)
@@ -109,19 +155,23 @@ class PublicFeatureNetwork(PreTrainedModel):
 
     def classify(self, images: Tensor) -> Tensor:
         """Class logits (B, num_classes) of images (B, 3, h, w) in [-1, 1] of any side, not resized; for training."""
-        return self.classifier(self.maps(images.to(memory_format=torch.channels_last))[-1].mean((2, 3)))
+        last = self.maps(images.to(memory_format=torch.channels_last))[-1]
+        return self.classifier(last.amax((2, 3)) if self.peaks else last.mean((2, 3)))
 
     def pooled(self, maps: list[Tensor]) -> Tensor:
-        """Spatial means (B, D) of the outputs of the last three stages."""
-        return torch.cat([found.mean((2, 3)) for found in maps], dim=1)
+        """Spatial means (B, D) of those outputs; of a "resnet9" followed by the largest values of the last."""
+        means = [found.mean((2, 3)) for found in maps]
+        return torch.cat([*means, maps[-1].amax((2, 3))] if self.peaks else means, dim=1)
 
     def scaled(self, maps: list[Tensor]) -> Tensor:
-        """Features (B, D) of the outputs of the last three stages: their means, scaled."""
+        """Features (B, D) of the outputs of those stages: pooled, and scaled."""
         return (self.pooled(maps) - self.feature_mean) * self.feature_scale
 
     def features(self, pixel_values: Tensor) -> Tensor:
         """Features (B, D), float32, of images (B, 1 or 3, H, W) in [-1, 1]."""
-        return self.scaled(self.maps(self.prepare(pixel_values)))
+        images = self.prepare(pixel_values)
+        seen = self.scaled(self.maps(images))
+        return (seen + self.scaled(self.maps(images.flip(-1)))) / 2 if self.peaks else seen
 
 
-__all__ = ["CHECKPOINT", "PublicFeatureConfig", "PublicFeatureNetwork"]
+__all__ = ["CHECKPOINT", "EYE", "PublicFeatureConfig", "PublicFeatureNetwork"]
