@@ -107,6 +107,11 @@ def evaluate(args: argparse.Namespace) -> None:
         raise ValueError(f"{folder} holds parts of private runs ({', '.join(runs)}), so it is no public model.")
     if card is None and (args.update_card or args.training):
         raise ValueError("--update_card and --training are for models of private images; leave out --public_model.")
+    if args.validation_split and card is not None and card.report["unit"]["level"] == "person":
+        raise ValueError(
+            f"--validation_split chooses at an epsilon for each image, but {folder} protects persons, who may have"
+            " several; leave it out, so that classifiers are chosen on generated images."
+        )
     # What the page and a new card say of these weights, the old card must say with truth.
     if card is not None and (contradictions := card.verify(folder)):
         raise ValueError(f"{folder} is not what its card says, so it is not measured: {' '.join(contradictions)}")
@@ -115,17 +120,19 @@ def evaluate(args: argparse.Namespace) -> None:
     twin = AutoModelForCausalLM.from_pretrained(args.twin).to(device) if args.twin else None
 
     def read(source: str, split: str, **more: Any) -> RealImages:
-        columns = {"image_column": args.image_column, "label_column": args.label_column, "limit": args.limit}
-        return read_real_images(
-            load_images(source, split), pipeline.image_processor, f"{source}, {split}", **columns, **more
-        )
+        given = {"image_column": args.image_column, "label_column": args.label_column, "limit": args.limit} | more
+        return read_real_images(load_images(source, split), pipeline.image_processor, f"{source}, {split}", **given)
+
+    def validation() -> RealImages | None:
+        # All of them: a limit would let another image in for one that is left out, and the choice is for one, not two.
+        return read(args.training, args.validation_split, limit=None) if args.validation_split else None
 
     assessment = assess(
         pipeline,
         read(args.real, args.split, public=args.real_is_public),
         training=read(args.training, args.training_split) if args.training else None,
         twin=twin,
-        private_validation=read(args.training, args.validation_split) if args.validation_split else None,
+        private_validation=validation(),
         selection_epsilon=args.selection_epsilon,
         extractor=extractor,
         num_images=args.num_images,

@@ -20,7 +20,7 @@ from hf_spectral_dp.views import Views
 COLUMNS = {"source", "split", "config_name", "revision", "image_column", "label_column"}
 FIELDS = {
     "data": COLUMNS
-    | {"num_examples", "description", "unit_column", "max_rows_per_unit", "views"}
+    | {"num_examples", "description", "unit_column", "max_rows_per_unit", "views", "class_names"}
     | {"caption_column", "caption_files"},
     "model": {"prior", "prior_source", "super_resolution", "super_resolution_source", "num_classes"}
     | {"text_encoder", "text_encoder_source", "max_text_tokens"},

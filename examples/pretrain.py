@@ -147,6 +147,7 @@ def main() -> None:
         rows = glyph_rows(arguments.images, arguments.seed)
     else:
         rows = load_images(arguments.public, arguments.split, caption_files=arguments.caption_files)
+    features = getattr(rows, "features", None) or {}
     store = build_token_store(
         rows,
         model,
@@ -154,6 +155,8 @@ def main() -> None:
         Path(arguments.out) / "tokens",
         image_column=arguments.image_column,
         label_column="label" if glyphs else arguments.label_column,
+        # Of public images they may follow the folders that there are.
+        class_names=getattr(features.get(arguments.label_column), "names", None),
         caption_column=arguments.caption_column,
         text_encoder=encoder,
         tokenizer=tokenizer,

@@ -59,7 +59,7 @@ def mean_of(
     if folder.exists():
         return MeanCritic.from_pretrained(folder), ledger
     critic = MeanCritic.on(PublicFeatures(section.get("network", CHECKPOINT)).network)
-    columns = {name: column for name, column in columns.items() if name != "label_column"}
+    columns = {name: column for name, column in columns.items() if name not in ("label_column", "class_names")}
     rows = ImageFeatureRows(store, images, processor, critic.features, **columns)
     return trained(critic, rows, section, args, output), ledger
 

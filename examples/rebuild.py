@@ -1,5 +1,6 @@
 """The command that makes a public network again, for the card of the scripts that train one."""
 
+import shlex
 from typing import Any
 
 
@@ -15,4 +16,4 @@ def rebuild_command(script: str, options: dict[str, Any]) -> str:
         words.append(f"--{name}")
         if value is not True:
             words += map(str, value if isinstance(value, list) else [value])
-    return " ".join(words)
+    return shlex.join(words)

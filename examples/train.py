@@ -52,7 +52,7 @@ DRAWN = {
 
 def private_images(data: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The stream of the config's images, and the names of their columns as `build_token_store` takes them."""
-    optional = ("image_column", "label_column", "caption_column", "unit_column", "max_rows_per_unit")
+    optional = ("image_column", "label_column", "class_names", "caption_column", "unit_column", "max_rows_per_unit")
     columns = {name: data[name] for name in optional if name in data}
     return opened(data), columns
 

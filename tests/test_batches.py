@@ -12,6 +12,8 @@ from test_trainer import Rows, arguments
 from torch.utils.data import DataLoader, IterableDataset
 
 from hf_spectral_dp import DPTrainer, PrivacyCard
+from hf_spectral_dp.batches import BatchLoader
+from hf_spectral_dp.privacy.budget import PrivacyPlan
 from hf_spectral_dp.privacy.ledger import read_ledger
 from hf_spectral_dp.privacy.sampling import PoissonSampler, SinglePass, TruncatedPoissonSampler
 from hf_spectral_dp.privacy.units import OneRowPerUnit
@@ -219,6 +221,25 @@ def test_a_null_row_moves_one_sum_per_pass_by_at_most_the_clipping_norm(tmp_path
     moved = (sums[0] - sums[1]).norm(dim=1)
     assert moved.nonzero().flatten().tolist() == [1, 6]  # place 14 is in the second batch of twelve
     assert float(moved.max()) <= trainer._clipper.sensitivity
+
+
+@pytest.mark.parametrize("without", [0, 2])
+def test_a_row_of_a_stream_without_text_takes_no_text_from_the_others(without):
+    """Zero-out neighbours: the row at one place has no text. All other rows of its batch keep theirs."""
+    rows = [{"input_ids": torch.full((3,), index), "text_states": torch.ones(2, 4)} for index in range(6)]
+    del rows[without]["text_states"]
+    plan = PrivacyPlan(
+        num_examples=6, sampling_rate=0.5, steps=2, noise_multiplier=1.0, target_epsilon=8.0, delta=1e-2,
+        sampling="single_pass",
+    )  # fmt: skip
+    for shape in ((2, 4), None):
+        loader = BatchLoader(rows, plan, 0, 1, lambda: 0, shape)
+        batch = next(iter(loader))
+        assert batch["input_ids"].tolist() == [[index] * 3 for index in range(3)]
+        if shape is None:  # a model without text
+            assert batch.keys() == {"input_ids"}
+        else:
+            assert [bool(states.all()) for states in batch["text_states"]] == [index != without for index in range(3)]
 
 
 def test_a_stream_of_another_length_than_declared(tmp_path):

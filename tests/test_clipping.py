@@ -362,6 +362,8 @@ def test_a_parameter_used_outside_its_module_is_refused():
 
 def test_other_misuse_is_refused():
     model, x = Poisoned(), torch.randn(4, 3)
+    with pytest.raises(ValueError, match="clipping_norm=1e-30 must be positive, at least 1e-12"):
+        PerExampleClipper(nn.Linear(2, 1), 1e-30)  # squares of its gradients vanish, and nothing would be clipped
     with pytest.raises(ValueError, match="clipping_norm=0"):
         PerExampleClipper(model, 0)
     with pytest.raises(ValueError, match="no trainable parameter"):

@@ -1,6 +1,8 @@
 """A pipeline with a critic: of several images for a label, the one that the critic finds likeliest to show it."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -149,3 +151,34 @@ def test_a_critic_judges_the_private_model_and_no_control():
     alone = pipeline(scales=3)
     expected = alone(class_labels=labels, generator=seeded(), output_type="pt", batch_size=20).images * 2 - 1
     assert torch.equal(control, expected)
+
+
+@pytest.mark.parametrize("kind", ["ClassCritic", "MeanCritic"])
+def test_a_saved_pipeline_finds_its_critic_in_a_new_process(tmp_path, kind):
+    """diffusers loads a part only if its module was imported; a user imports the pipeline alone."""
+    made = critic() if kind == "ClassCritic" else MeanCritic.on(network())
+    pipeline(super_resolution=super_resolution(), critic=made, attempts=2).save_pretrained(tmp_path / "saved")
+    code = (
+        "from hf_spectral_dp import DPSpectralPipeline;"
+        f"pipe = DPSpectralPipeline.from_pretrained({str(tmp_path / 'saved')!r});"
+        "print(type(pipe.critic).__name__, len(pipe(class_labels=[1, 2]).images))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert ran.stdout.split() == [kind, "2"], ran.stderr[-2000:]
+
+
+@pytest.mark.parametrize("kind", ["classes", "mean"])
+def test_a_pipeline_that_is_cast_chooses_nearly_as_before(kind):
+    made = critic() if kind == "classes" else MeanCritic.on(network())
+    torch.nn.init.normal_(made.regression.weight if kind == "classes" else made.exponent)
+    images = torch.rand(8, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        before = made(images)
+        cast = pipeline(super_resolution=super_resolution(), critic=made, attempts=2).to(torch.bfloat16)
+        assert torch.allclose(cast.critic(images).float(), before, atol=0.1 * float(before.std()) + 0.05)
+    assert len(cast(class_labels=[1, 2]).images) == 2
+
+
+def test_what_is_no_critic_is_refused():
+    with pytest.raises(ValueError, match="critic is a Linear; use a ClassCritic or a MeanCritic"):
+        pipeline(critic=torch.nn.Linear(1, 1))

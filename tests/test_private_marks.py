@@ -3,9 +3,11 @@
 from types import SimpleNamespace
 
 import pytest
+from diffusers import UNet2DModel
 from torch import nn
 
-from hf_spectral_dp.private_marks import UNRECORDED, configured, marks, refuse_uncounted
+from hf_spectral_dp.private_marks import UNRECORDED, configured, mark, marks, refuse_uncounted
+from hf_spectral_dp.verification import private_runs
 
 
 def network(*runs: str) -> SimpleNamespace:
@@ -27,6 +29,17 @@ def test_a_wrapper_without_a_config_hides_no_mark():
     outer = nn.Sequential(marked)
     outer.config = SimpleNamespace(private_runs=["b"])
     assert configured(outer) == [outer]  # what speaks for itself speaks for its parts
+
+
+def test_a_network_of_diffusers_keeps_its_mark_in_the_file(tmp_path):
+    part = UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(8, 8), norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    mark(part, ["a"])
+    part.save_pretrained(tmp_path / "super_resolution" / "unet")
+    assert marks(UNet2DModel.from_pretrained(tmp_path / "super_resolution" / "unet")) == ["a"]
+    assert private_runs(tmp_path) == {"super_resolution/unet/config.json": ["a"]}
 
 
 def test_every_run_must_be_counted():

@@ -9,6 +9,7 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageToImage
 
+from hf_spectral_dp.metrics.features import PublicFeatures
 from hf_spectral_dp.metrics.public_features import CHECKPOINT, EYE, PublicFeatureConfig, PublicFeatureNetwork
 from hf_spectral_dp.super_resolution import upscale_to
 
@@ -63,16 +64,35 @@ def test_its_features_are_those_of_an_image_and_of_its_mirror_image():
     assert torch.allclose(network.features(images), network.features(images.flip(-1)), atol=1e-6)
 
 
+@torch.no_grad()
+def test_features_beside_maps_are_those_without(tmp_path):
+    eye().save_pretrained(tmp_path)
+    extractor, images = PublicFeatures(tmp_path), torch.rand(3, 3, 16, 16) * 2 - 1
+    assert torch.equal(extractor.maps(images)[0], extractor(images))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("folder", [CHECKPOINT, EYE], ids=lambda folder: folder.name)
+def test_a_bundled_network_works_as_it_is_loaded_by_default(folder):
+    """In half precision, as it was saved."""
+    network, images = PublicFeatureNetwork.from_pretrained(folder).eval(), torch.rand(3, 3, 16, 16) * 2 - 1
+    exact = PublicFeatureNetwork.from_pretrained(folder, dtype=torch.float32).eval().features(images)
+    found = network.features(images)
+    assert network.dtype == torch.float16 and found.dtype == torch.float32
+    assert torch.allclose(found, exact, atol=0.05 * float(exact.abs().max()))
+
+
 @pytest.mark.parametrize(
     ("fields", "rule"),
     [
         ({"architecture": "vgg"}, "architecture='vgg' is unknown; choose 'strided' or 'resnet9'"),
         ({"architecture": "resnet9", "widths": (2, 3, 4)}, "are 3; 'resnet9' has four"),
+        ({"architecture": "resnet9", "widths": (2, 3, 4, 5), "image_size": 12}, "image_size=12 is halved three times"),
     ],
 )
 def test_a_shape_that_is_none_is_refused(fields, rule):
     with pytest.raises(ValueError, match=rule.replace("(", r"\(")):
-        PublicFeatureConfig(16, **fields)
+        PublicFeatureConfig(**fields)
 
 
 @torch.no_grad()

@@ -43,7 +43,7 @@ def test_the_record_is_a_whole_tier_3_record(plan):
     assert loss["privacy_parameters"] == {"epsilon": plan.epsilon(), "delta": plan.delta}
     assert plan.adjacency in loss["privacy_unit_details"]
     composition = record["deployment"]["accounting"]["composition"]
-    assert composition.count("steps charged by an earlier run") == len(plan.earlier)
+    assert composition.count("steps of an earlier run") == len(plan.earlier)
     assert "private test split" in record["deployment"]["dp_variant"]["unprotected_quantities"]
 
 

@@ -112,3 +112,23 @@ def test_the_defining_modules_expose_the_base_classes_that_diffusers_looks_up(fo
     processor = SpectralImageProcessor(image_size=16, num_channels=1)
     given = DPSpectralPipeline.from_pretrained(folder, image_processor=processor)  # explicit components take that way
     assert given.image_processor is processor
+
+
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "model.safetensors.index.fp16.json"])
+def test_the_index_of_a_variant_and_of_a_model_alone_is_read_as_well(folder, name):
+    (folder / "model" / name).write_text(json.dumps({"weight_map": {"lm_head.weight": "../secret.safetensors"}}))
+    with pytest.raises(ValueError, match=f"{name} names the file .* outside of its folder"):
+        DPSpectralPipeline.from_pretrained(folder, variant="fp16" if "fp16" in name else None)
+    with pytest.raises(ValueError, match=f"{name} names the file .* outside of its folder"):
+        SpectralTokenizerForCausalLM.from_pretrained(folder / "model")
+
+
+def test_a_variant_in_pieces_is_saved_and_loaded(folder):
+    pipeline = DPSpectralPipeline.from_pretrained(folder)
+    for _ in range(2):  # once more: what is there is known
+        pipeline.save_pretrained(folder.parent / "pieces", variant="fp16", max_shard_size="20KB")
+    index = folder.parent / "pieces" / "model" / "model.safetensors.index.fp16.json"
+    assert len(set(json.loads(index.read_text())["weight_map"].values())) > 1
+    again = DPSpectralPipeline.from_pretrained(folder.parent / "pieces", variant="fp16")
+    for name, weight in pipeline.model.state_dict().items():
+        assert torch.equal(weight, again.model.state_dict()[name])

@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ from PIL import Image
 from benchmarks.hostile_images import run as run_hostile
 from hf_spectral_dp import image_decoding
 from hf_spectral_dp.image_processing_spectral import SpectralImageProcessor
+from hf_spectral_dp.image_sources import load_images
 from hf_spectral_dp.token_store import TokenStore, build_token_store
 from hf_spectral_dp.views import Views
 
@@ -96,6 +98,7 @@ def test_rows_cross_chunks(grey_model, processor, tmp_path, monkeypatch, random_
 
 
 def test_a_broken_image_costs_one_row(random_images, grey_model, processor, tmp_path, caplog):
+    caplog.set_level("INFO", "hf_spectral_dp.token_store")
     good = [{"image": encoded(image), "label": 1} for image in random_images]
     bad = [b"", b"junk", None, good[0]["image"][:60], np.full((4, 4), np.nan), np.zeros((0, 3), np.uint8)]
     mixed = [*good[:10], *({"image": image, "label": 1} for image in bad), *good[10:]]
@@ -103,9 +106,8 @@ def test_a_broken_image_costs_one_row(random_images, grey_model, processor, tmp_
     clean = build(good, grey_model, processor, tmp_path / "clean", label_column="label")
     assert store.report == {"images": 40, "undecodable": len(bad), "unlabelled": 0}
     assert store.fingerprint == clean.fingerprint
-    [warning] = caplog.records
-    assert "some images could not be decoded" in warning.message
-    assert not any(character.isdigit() for character in warning.message)  # how many is private
+    with_broken, without = (record.getMessage() for record in caplog.records)
+    assert with_broken == without and "images that cannot be decoded" in without  # whether there are any is private
 
 
 @pytest.mark.slow
@@ -153,6 +155,36 @@ def test_a_label_outside_the_classes_is_an_error(random_images, grey_model, proc
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("streaming", [True, False])
+def test_the_numbers_of_classes_do_not_follow_the_folders_that_there_are(
+    random_images, grey_model, processor, tmp_path, streaming
+):
+    """One image of a class of its own is left out: all other rows must stay what they are."""
+    for index, image in enumerate(random_images[:7]):
+        folder = tmp_path / "images" / ("anthrax" if index == 0 else "benign" if index < 4 else "unlisted")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{index}.png")
+    kept = []
+    for run in range(2):
+        rows = load_images(str(tmp_path / "images"), "train", streaming=streaming)
+        with pytest.raises(ValueError, match="sub-folders.*give class_names, the public list"):
+            build(rows, grey_model, processor, tmp_path / "none", label_column="label")
+        named = {"label_column": "label", "class_names": ["healthy", "anthrax", "benign"]}
+        store = build(rows, grey_model, processor, tmp_path / f"{run}", **named)
+        kept.append(store[np.arange(len(store))]["input_ids"])
+        shutil.rmtree(tmp_path / "images" / "anthrax", ignore_errors=True)
+    classes, null = grey_model.config.class_token_ids, grey_model.config.null_token_id
+    assert kept[0][:, 0].tolist() == [classes[1], *[classes[2]] * 3, *[null] * 3]
+    assert torch.equal(kept[0][1:], kept[1])
+
+
+def test_classes_that_are_text_are_numbered_by_the_list(random_images, grey_model, processor, tmp_path):
+    rows = [{"image": random_images[index], "what": what} for index, what in enumerate(["b", "a", None, "c"])]
+    store = build(rows, grey_model, processor, tmp_path / "store", label_column="what", class_names=["a", "b"])
+    classes, null = grey_model.config.class_token_ids, grey_model.config.null_token_id
+    assert store[np.arange(4)]["input_ids"][:, 0].tolist() == [classes[1], classes[0], null, null]
+
+
 class Unread:
     """A source that must not be touched."""
 
@@ -170,7 +202,10 @@ class Unread:
         ({"image_column": "img"}, "image_column='img'.*'image'"),
         ({"label_column": "age"}, "label_column='age'"),
         ({"label_column": "many"}, "11 classes.*num_classes=10"),
-        ({"label_column": "text"}, "label_column='text' holds text"),
+        ({"label_column": "text"}, "label_column='text' holds text; give class_names"),
+        ({"label_column": "text", "class_names": ["a", "a"]}, "a list of different names"),
+        ({"label_column": "text", "class_names": list("abcdefghijk")}, "at most the model's num_classes=10"),
+        ({"class_names": ["a"]}, "label_column=None: give a list"),
         ({"batch_size": 0}, "batch_size=0"),
     ],
 )

@@ -9,6 +9,7 @@ import torch
 from conftest import tiny_model, wild
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import TrainerCallback
 
 from hf_spectral_dp import DPTrainer, DPTrainingArguments, privacy_report
 from hf_spectral_dp.privacy.ledger import LedgerError, read_ledger
@@ -217,6 +218,23 @@ def test_every_copy_of_a_private_model_is_marked(tmp_path):
     assert model.config.private_runs == [read_ledger(tmp_path / LEDGER)["head"]]
 
 
+def test_a_run_that_ends_early_claims_what_was_planned(tmp_path):
+    """Whoever ended it may have looked at what it released: epsilon of the charged steps alone is not proven then."""
+
+    class Stops(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 2
+
+    trainer = DPTrainer(tiny_model(), arguments(tmp_path / "run"), Rows(), callbacks=[Stops()])
+    assert trainer.plan.claimed(0) == 0
+    trainer.train()
+    report = trainer.privacy_report()
+    assert report["mechanism"]["charged_steps"] == 2 and report["accounting"]["ledger"]["records"] == 2
+    assert report["claim"]["epsilon"] == trainer.plan.epsilon() > trainer.epsilon_spent
+    (run,) = arguments(tmp_path, earlier_ledgers=[str(tmp_path / "run" / LEDGER)]).earlier_runs()
+    assert run["plan"].steps == 6  # and so does who counts it later
+
+
 def test_what_a_private_run_made_is_trained_on_only_if_that_run_counts(tmp_path):
     DPTrainer(model := tiny_model(), arguments(tmp_path / "first"), Rows()).train()
     (head,) = model.config.private_runs
@@ -336,6 +354,12 @@ def test_arguments_that_do_not_fit_the_data_are_refused_before_it_is_read(tmp_pa
 def test_a_stream_is_refused(tmp_path):
     with pytest.raises(ValueError, match="cannot be sampled by index"):
         DPTrainer(tiny_model(), arguments(tmp_path), iter([]))
+
+
+@pytest.mark.parametrize("name", ["eval_dataset", "data_collator", "compute_metrics"])
+def test_what_another_trainer_takes_is_refused_in_words(tmp_path, name):
+    with pytest.raises(TypeError, match=f"takes no {name}: .* examples/evaluate.py measures a"):
+        DPTrainer(tiny_model(), arguments(tmp_path), Rows(), **{name: object()})
 
 
 def noiseless_step(model, args, rows: Rows) -> torch.Tensor:

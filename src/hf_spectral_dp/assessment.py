@@ -34,6 +34,7 @@ from .super_resolution import upscale_to
 _SHOWN = 60  # samples on the page
 _STRIPS = 6  # images shown coarse to fine
 _PANEL = 10  # generated images shown beside their nearest real ones
+_SPENT = "on top of the claim"
 _COPIES = 0.03  # of the generated images, put in to see whether copies would be noticed
 _CHUNK = 512
 
@@ -365,7 +366,7 @@ def _accesses(
     elif utility and private_validation is not None:
         images = f"{len(private_validation.pixels)} images of {private_validation.name}"
         what = f"choice of classifiers on {images}, by the exponential mechanism at epsilon {selection_epsilon:g}"
-        found.append(access(f"{what}, on top of the claim", True, accounted=True))
+        found.append(access(f"{what}, {_SPENT}", True, accounted=True))
     if leakage and training is not None:
         what = f"search for copies and attacks, on {len(training.pixels)} training images of {training.name}"
         found.append(access(what, True))
@@ -381,7 +382,7 @@ def for_the_card(assessment: Assessment, report: Mapping[str, Any]) -> dict[str,
     """A copy of a privacy report with the figures of an assessment in `utility`, `audit` and `data_accesses`.
 
     Figures on private images are marked as such, and as not accounted; who publishes the card publishes them. Rows of
-    the same name, as an earlier assessment left them, are replaced.
+    the same name, as an earlier assessment left them, are replaced, but for what an epsilon was spent on: that adds up.
     """
     private = not assessment.real["public"]
     rows = []
@@ -406,12 +407,14 @@ def for_the_card(assessment: Assessment, report: Mapping[str, Any]) -> dict[str,
         for access in assessment.accesses
         if access["private"] and access["released"]
     ]
+    spent = [look for look in looks if _SPENT in look["what"]]  # as often as it was spent
+    looks = [look for look in looks if _SPENT not in look["what"]]
     audit = _audit_rows(assessment, report["claim"])
     return {
         **report,
         "utility": _joined(report["utility"], utility, ("dataset", "metric")),
         "audit": _joined(report["audit"], audit, ("attack",)),
-        "data_accesses": _joined(report["data_accesses"], looks, ("what",)),
+        "data_accesses": _joined(report["data_accesses"], looks, ("what",)) + spent,
     }
 
 

@@ -43,7 +43,8 @@ def count_units(dataset: Any, args: DPTrainingArguments) -> int:
 class BatchLoader:
     """One batch per step until all steps are charged: {"input_ids": (b, 1 + T)} of this process; b may be 0.
 
-    Other columns of the data come along, row by row: "text_states" of a token store with captions.
+    Other columns of an index come along, row by row: "text_states" of a token store with captions. Of a stream they
+    do for a model with text, and a row without any has zeros there: what one row shows says nothing of another.
 
     Formal guarantee: whatever calls the loop, a batch that `accept` lets through was drawn by the sampler that
     `plan.epsilon` is proven for, is the latest that it drew, and was not let through before. A batch of a single pass
@@ -54,12 +55,16 @@ class BatchLoader:
         plan: the plan for that many units.
         rank, world_size: of this process.
         charged: gives the number of charges so far.
+        text_shape: (K, width) of the text states that the model takes; None for a model without.
 
     Raises:
         ValueError: a sampling without a proof for several processes, or a stream that cannot be read so often.
     """
 
-    def __init__(self, dataset: Any, plan: PrivacyPlan, rank: int, world_size: int, charged: Callable[[], int]):
+    def __init__(
+        self, dataset: Any, plan: PrivacyPlan, rank: int, world_size: int, charged: Callable[[], int],
+        text_shape: tuple[int, int] | None = None,
+    ):  # fmt: skip
         self.sampler = sampler_for(plan, rank, world_size)
         if plan.sampling == "single_pass" and isinstance(dataset, Iterator) and plan.steps > plan.steps_per_pass:
             raise ValueError(
@@ -69,6 +74,7 @@ class BatchLoader:
         units = getattr(dataset, "units", None)
         self._units = None if units is None else OneRowPerUnit(units)
         self._dataset, self._plan, self._place, self._charged = dataset, plan, (rank, world_size), charged
+        self._text_shape = text_shape
         self._drawn: Any = None  # the latest batch, until it is accepted
 
     def check(self, loader: Any) -> None:
@@ -118,12 +124,17 @@ class BatchLoader:
             for number, rows in enumerate(sampler.batches(self._dataset)):
                 if self._charged() % self._plan.steps_per_pass != number:
                     raise RuntimeError("a pass was left before its end, so a row would be used twice; start a new run.")
-                batch = {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in _columns(rows)}
-                yield {**batch, "input_ids": batch["input_ids"].long() if rows else torch.zeros((0, 1)).long()}
+                yield self._stacked(rows)
 
-
-def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [name for name in ("input_ids", "text_states") if rows and name in rows[0]]
+    def _stacked(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        if not rows:
+            return {"input_ids": torch.zeros((0, 1)).long()}
+        batch = {"input_ids": torch.stack([torch.as_tensor(row["input_ids"]) for row in rows]).long()}
+        if self._text_shape is not None:  # decided by the model: a row must not decide what the others show
+            none = torch.zeros(self._text_shape)
+            texts = [torch.as_tensor(row.get("text_states", none)).float() for row in rows]
+            batch["text_states"] = torch.stack(texts)
+        return batch
 
 
 __all__ = ["BatchLoader", "count_units"]

@@ -90,6 +90,17 @@ class Critic(HubModel, PreTrainedModel):
         raise NotImplementedError
 
 
+def check_critic(critic: Any, num_classes: int) -> None:
+    """Raises ValueError unless that is a critic, and one for a model of so many classes."""
+    if not isinstance(critic, Critic):
+        raise ValueError(f"critic is a {type(critic).__name__}; use a ClassCritic or a MeanCritic.")
+    if critic.config.num_classes not in (0, num_classes):
+        raise ValueError(
+            f"num_classes={critic.config.num_classes} in the critic but {num_classes} in the model; use the critic of"
+            " the same private images."
+        )
+
+
 class ClassCritic(Critic):
     """Softmax regression on features that are whitened by public images and brought to length 1.
 
@@ -136,7 +147,8 @@ class ClassCritic(Critic):
 
     def classify(self, features: Tensor) -> Tensor:
         """Logits (B, num_classes) of features (B, D)."""
-        return self.regression(F.normalize((features - self.mean) @ self.whitening, dim=1))
+        white = F.normalize((features - self.mean) @ self.whitening.to(features.dtype), dim=1)
+        return self.regression(white.to(self.regression.weight.dtype))  # a whole pipeline may be cast
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Logits (B, num_classes) of images (B, 1 or 3, H, W) in [-1, 1]."""
@@ -177,4 +189,4 @@ class ClassCritic(Critic):
         return torch.cat([some.gather(1, asked) for some in likely], 1).argmax(1)
 
 
-__all__ = ["ClassCritic", "Critic", "CriticConfig"]
+__all__ = ["ClassCritic", "Critic", "CriticConfig", "check_critic"]

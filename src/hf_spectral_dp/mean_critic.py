@@ -58,7 +58,7 @@ class MeanCritic(Critic, PreTrainedModel):  # diffusers loads components whose m
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Logarithm of the odds (B,) with which images (B, 1 or 3, H, W) in [-1, 1] are kept."""
-        return F.normalize(self.features(pixel_values), dim=1) @ self.exponent
+        return F.normalize(self.features(pixel_values), dim=1) @ self.exponent.float()
 
     @torch.no_grad()
     def fit(self, features: Tensor) -> None:

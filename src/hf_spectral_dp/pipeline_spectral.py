@@ -20,7 +20,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .configuration_spectral import SpectralConfig
+from .critic import Critic, check_critic
 from .image_processing_spectral import SpectralImageProcessor
+from .mean_critic import MeanCritic  # noqa: F401  diffusers loads only what was imported
 from .modeling_spectral import SpectralTokenizerForCausalLM
 from .released_files import check_own_folder
 from .safe_loading import check_index, check_shards
@@ -75,7 +77,7 @@ class DPSpectralPipeline(DiffusionPipeline):
         top_k: int = 0,
         top_p: float = 1.0,
         attempts: int = 1,
-        critic: PreTrainedModel | None = None,
+        critic: Critic | None = None,
     ):
         super().__init__()
         if not isinstance(model, SpectralTokenizerForCausalLM):
@@ -101,11 +103,7 @@ class DPSpectralPipeline(DiffusionPipeline):
             assert text_encoder is not None  # checked
             text_encoder.eval()
         if critic is not None:
-            if critic.config.num_classes not in (0, model.config.num_classes):
-                raise ValueError(
-                    f"num_classes={critic.config.num_classes} in the critic but {model.config.num_classes} in the"
-                    " model; use the critic of the same private images."
-                )
+            check_critic(critic, model.config.num_classes)
             critic.eval()
         self.register_modules(
             model=model,

@@ -63,7 +63,7 @@ def run_report(
 
     Args:
         plan: the mechanism that ran.
-        charged: steps in the ledger.
+        charged: steps in the ledger; the claim is of all planned ones, see `PrivacyPlan.claimed`.
         ledger_head: hash of the ledger's last record.
         clipping_norm: largest norm of one unit's gradient.
         unit: the privacy unit in words, such as "one image".
@@ -75,19 +75,20 @@ def run_report(
             loose as the loosest of all runs, where "log_private_loss" or "noise" say so.
     """
     logged = bool(training["private_loss_logged"]) or any(run.get("log_private_loss") for run in earlier_runs)
+    claimed = plan.claimed(charged)
     noise_source = next((run["noise"] for run in earlier_runs if "noise" in run), noise_source)
     report: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "claim": {
             "variant": "approximate-dp",
-            "epsilon": plan.epsilon(charged),
+            "epsilon": plan.epsilon(claimed),
             "delta": plan.delta,
             "rounding": "up",
-            "profile": plan.profile(charged),
-            "epsilon_without_amplification": plan.epsilon_without_amplification(charged),
-            "gaussian_dp": {"mu": gaussian_dp(plan, charged), "amplified": False},
-            "attack": attack_bounds(plan, charged),
-            "groups": group_epsilons(plan, charged),
+            "profile": plan.profile(claimed),
+            "epsilon_without_amplification": plan.epsilon_without_amplification(claimed),
+            "gaussian_dp": {"mu": gaussian_dp(plan, claimed), "amplified": False},
+            "attack": attack_bounds(plan, claimed),
+            "groups": group_epsilons(plan, claimed),
         },
         "unit": {
             "level": "person" if person else "row",
@@ -153,7 +154,7 @@ def run_report(
             "pessimistic": True,
             "composition": _COMPOSITIONS[plan.sampling]
             + ("; adaptive sequential composition with the earlier runs on the same data" if plan.earlier else ""),
-            "event": event_to_dict(plan.event(charged)),
+            "event": event_to_dict(plan.event(claimed)),
             "ledger": {"records": charged, "head": ledger_head},
         },
         "randomness": describe_randomness(noise_source),

@@ -26,6 +26,14 @@ def marks(*networks: Any) -> list[str]:
     return list(dict.fromkeys(run for runs in named for run in runs))
 
 
+def mark(part: Any, runs: list[str]) -> None:
+    """Writes runs into the config of a part that has one, so that they are saved with it."""
+    if hasattr(part, "register_to_config"):  # of diffusers, whose configs cannot be written to
+        part.register_to_config(private_runs=runs)
+    else:
+        part.config.private_runs = runs
+
+
 def refuse_uncounted(name: str, network: Any, counted: Collection[str] = ()) -> None:
     """Raises ValueError if a network came out of a private run that is not among `counted`, heads of ledgers."""
     for run in marks(network):
@@ -36,4 +44,4 @@ def refuse_uncounted(name: str, network: Any, counted: Collection[str] = ()) -> 
             )
 
 
-__all__ = ["UNRECORDED", "configured", "marks", "refuse_uncounted"]
+__all__ = ["UNRECORDED", "configured", "mark", "marks", "refuse_uncounted"]

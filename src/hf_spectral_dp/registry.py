@@ -105,9 +105,10 @@ def registry_record(
                     f"{stage['name']} ({stage['note']})" for stage in report["stages"] if not stage["private"]
                 ),
                 "composition": f"{accounting['composition']}, by privacy loss distributions ({accounting['library']}"
-                f" {accounting['version']}); {mechanism['charged_steps']} steps charged"
+                f" {accounting['version']}); {mechanism['charged_steps']} of {mechanism['planned_steps']} steps"
+                " charged, all of them counted"
                 + "".join(
-                    f"; {run['steps']} steps charged by an earlier run, {run['sampling']} at rate {run['rate']}, noise"
+                    f"; {run['steps']} steps of an earlier run, {run['sampling']} at rate {run['rate']}, noise"
                     f" multiplier {run['noise_multiplier']}, clipping norm {run['clipping_norm']}"
                     for run in mechanism["earlier_runs"]
                 ),

@@ -19,7 +19,7 @@ SAMPLES_NAME = "samples.png"
 
 _WEIGHTS = (
     r"(model|diffusion_pytorch_model)(\.fp16)?(-\d{5}-of-\d{5})?\.safetensors"
-    r"|(model|diffusion_pytorch_model)\.safetensors\.index\.json"
+    r"|(model|diffusion_pytorch_model)\.safetensors\.index(\.fp16)?\.json"
 )
 _MODEL = rf"config\.json|generation_config\.json|{_WEIGHTS}"
 _TOKENIZER = (

@@ -1,6 +1,7 @@
 """Loading that cannot run anything: weights come from safetensors, file names stay in their folder."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,16 @@ class HubModel:
         """As in transformers, but weights are read from .safetensors only: there is no way back to a pickle.
 
         Raises:
-            ValueError: `use_safetensors=False`.
+            ValueError: `use_safetensors=False`, or an index of weights that names a file outside of the folder.
             OSError: there are no .safetensors weights.
         """
         if use_safetensors is False:
             raise ValueError(
                 "use_safetensors=False would read a pickle, which can run code; convert the weights to safetensors."
             )
+        source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        if isinstance(source, str | os.PathLike) and Path(source).is_dir():
+            check_shards(source)
         return super().from_pretrained(*args, use_safetensors=True, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(
@@ -100,9 +104,9 @@ def check_index(path: str | Path, class_name: str) -> None:
         )
 
 
-def check_shards(folder: str | Path) -> None:
+def check_shards(folder: str | os.PathLike) -> None:
     """Raises ValueError if the index of a sharded checkpoint below a folder is unreadable or names a file elsewhere."""
-    for index in sorted(Path(folder).rglob("*.safetensors.index.json")):
+    for index in sorted(Path(folder).rglob("*.safetensors.index*.json")):  # of a variant: .index.fp16.json
         try:
             names = set(json.loads(index.read_bytes())["weight_map"].values())
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

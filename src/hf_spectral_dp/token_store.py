@@ -180,6 +180,7 @@ def build_token_store(
     *,
     image_column: str = "image",
     label_column: str | None = None,
+    class_names: Sequence[str] | None = None,
     caption_column: str | None = None,
     text_encoder: Any = None,
     tokenizer: Any = None,
@@ -200,6 +201,9 @@ def build_token_store(
         image_column: column of the images, in any form that `decode_image` takes.
         label_column: column of integer class labels, or None for an unconditional set. A label None or -1 means
             unlabelled and gives the null token.
+        class_names: the names of the classes in the order of their numbers, a PUBLIC list, for labels that are text or
+            the sub-folders of a folder of images. A name that is not on it means unlabelled. Numbers that follow the
+            names that occur would not do: one image of a class of its own would renumber all others.
         caption_column: column of captions, one or several an image, in any form that `captions.captions_of` takes; for
             a model with `text_width`. An image without captions gets the null condition.
         text_encoder, tokenizer: the frozen, PUBLIC encoder of the captions, see `text_encoder.load_text_encoder`. It
@@ -234,7 +238,7 @@ def build_token_store(
     if unit_column is not None or max_rows_per_unit is not None:
         units = FirstRows(unit_column, max_rows_per_unit)
     columns = (image_column, label_column, caption_column, unit_column)
-    _check(dataset, model, image_processor, columns, batch_size)
+    _check(dataset, model, image_processor, columns, batch_size, class_names)
     if caption_column is not None:
         check_text_encoder(text_encoder, tokenizer, model.config)
     if folder.exists() and not (overwrite and (folder / _FACTS).exists()):
@@ -247,6 +251,9 @@ def build_token_store(
         if caption_column is not None:
             captions = CaptionWriter(scratch, text_encoder, tokenizer, model.config.max_text_tokens)
         examples = examples_of(dataset, columns)
+        if class_names is not None:
+            feature = (getattr(dataset, "features", None) or {}).get(label_column)
+            examples = _numbered(examples, feature.names if isinstance(feature, ClassLabel) else None, class_names)
         total = total_of(dataset)
         _write(examples, model, image_processor, scratch, batch_size, total, progress, units, captions, views)
         _publish(scratch, folder)
@@ -255,9 +262,31 @@ def build_token_store(
     return TokenStore(folder)
 
 
-def _check(dataset: Any, model: Any, image_processor: Any, columns: tuple[str | None, ...], batch_size: int) -> None:
+def _numbered(
+    examples: Iterator[Example], known: Sequence[str] | None, class_names: Sequence[str]
+) -> Iterator[Example]:
+    """The examples, each label by its place among `class_names`, None if it has none; `known`: names of numbers."""
+    numbers = {name: number for number, name in enumerate(class_names)}
+    for image, label, *others in examples:
+        if known is not None and isinstance(label, int) and 0 <= label < len(known):
+            label = known[label]
+        yield image, numbers.get(label), *others
+
+
+def _check(
+    dataset: Any, model: Any, image_processor: Any, columns: tuple[str | None, ...], batch_size: int,
+    class_names: Sequence[str] | None,
+) -> None:  # fmt: skip
     """Refuses, before anything is read, what could not work."""
     config, (_, label_column, caption_column, _) = model.config, columns
+    if class_names is not None:
+        listed = [] if isinstance(class_names, str) else list(class_names)
+        fits = 0 < len(listed) <= config.num_classes and all(isinstance(name, str) for name in listed)
+        if label_column is None or not fits or len(set(listed)) < len(listed):
+            raise ValueError(
+                f"class_names={class_names!r} with label_column={label_column!r}: give a list of different names, at"
+                f" most the model's num_classes={config.num_classes}, and the column that holds them."
+            )
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1.")
     for name in ("image_size", "num_channels"):
@@ -284,15 +313,23 @@ def _check(dataset: Any, model: Any, image_processor: Any, columns: tuple[str | 
         if column is not None and column not in features:
             raise ValueError(f"{name}={column!r} is not a column of the data; choose one of {sorted(features)}.")
     if label_column is not None:
-        feature = features[label_column]
-        if isinstance(feature, ClassLabel) and feature.num_classes > config.num_classes:
+        feature, named = features[label_column], class_names is not None
+        source = getattr(getattr(dataset, "info", None), "builder_name", None)
+        if isinstance(feature, ClassLabel) and source == "imagefolder" and not named:
+            raise ValueError(
+                f"label_column={label_column!r} is numbered by the sub-folders that there are, so that one image may"
+                " renumber the classes of all others; give class_names, the public list of classes in order, such as"
+                f" {feature.names}."
+            )
+        if isinstance(feature, ClassLabel) and feature.num_classes > config.num_classes and not named:
             raise ValueError(
                 f"label_column={label_column!r} has {feature.num_classes} classes, more than the model's"
                 f" num_classes={config.num_classes}; use a model with enough classes."
             )
-        if getattr(feature, "dtype", None) in ("string", "large_string"):
+        if getattr(feature, "dtype", None) in ("string", "large_string") and not named:
             raise ValueError(
-                f"label_column={label_column!r} holds text; map it to integers first, e.g. dataset.class_encode_column."
+                f"label_column={label_column!r} holds text; give class_names, the public list of classes in order. Do"
+                " not read it off the data: an image of a class of its own would renumber the others."
             )
 
 
@@ -355,9 +392,8 @@ def _write(
         kept_captions = Captions(folder, text, Dataset.from_file(str(folder / _TOKENS)).data.column("captions"))
         kept_captions.update(digest)
         report["captions"] = len(kept_captions)
-    if report["undecodable"]:
-        # How many, and why, depends on the private images; a log is not as private as the store is.
-        logger.warning("some images could not be decoded and were left out; report['undecodable'] counts them.")
+    # Whether there were any depends on the private images; a log is not as private as the store is.
+    logger.info("images that cannot be decoded are left out; report['undecodable'] counts them.")
     facts = {
         "format": _FORMAT,
         "row_length": row_length,

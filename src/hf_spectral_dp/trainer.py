@@ -30,7 +30,7 @@ from .privacy.ledger import LedgerError, PrivacyLedger, read_ledger
 from .privacy.mechanism import NoisyClippedMean
 from .privacy.noise import system_generator
 from .privacy_report import run_report
-from .private_marks import UNRECORDED, configured, refuse_uncounted
+from .private_marks import UNRECORDED, configured, mark, refuse_uncounted
 from .quiet_trainer import QuietTrainer
 from .training_args import DPTrainingArguments
 
@@ -74,6 +74,7 @@ class DPTrainer(QuietTrainer):
         ValueError: data that cannot be sampled as `args.sampling` says, arguments that cannot work, earlier runs that
             do not fit or leave nothing of the budget, or a trainable parameter whose per-example gradient no rule
             gives; all before any row is read.
+        TypeError: another argument of `transformers.Trainer`, such as `eval_dataset`.
         LedgerError: a ledger of `args.earlier_ledgers` is missing or altered, or a run would be counted twice.
     """
 
@@ -86,7 +87,13 @@ class DPTrainer(QuietTrainer):
         train_dataset: Any,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        **others: Any,
     ):
+        if others:
+            raise TypeError(
+                f"DPTrainer takes no {', '.join(others)}: it collates rows itself, and what an evaluation during"
+                " training says of images is not covered by the guarantee; examples/evaluate.py measures a pipeline."
+            )
         if not isinstance(args, DPTrainingArguments):
             raise ValueError(f"args is a {type(args).__name__}; DPTrainer needs DPTrainingArguments.")
         self._text_dropout, self._coins = _text_dropout(model, train_dataset), system_generator()
@@ -100,7 +107,7 @@ class DPTrainer(QuietTrainer):
         self._earlier = args.earlier_runs(self._persons)
         self.plan = args.plan(count_units(train_dataset, args), [run["plan"] for run in self._earlier])
         self._batches = BatchLoader(
-            train_dataset, self.plan, args.process_index, args.world_size, lambda: self._charged
+            train_dataset, self.plan, args.process_index, args.world_size, lambda: self._charged, _text_shape(model)
         )
         if not hasattr(model, "per_example_loss"):
             raise ValueError(f"{type(model).__name__} has no per_example_loss(input_ids) -> (B,); give it one.")
@@ -348,7 +355,7 @@ class DPTrainer(QuietTrainer):
         """Writes into the model's config, which every saved copy carries, that private rows shaped it."""
         for part in configured(self.accelerator.unwrap_model(self.model)):
             if any(parameter.requires_grad for parameter in part.parameters()):  # the others stay what they were
-                part.config.private_runs = [run]
+                mark(part, [run])
 
     @torch.no_grad()
     def _follow(self) -> None:
@@ -380,7 +387,10 @@ class DPTrainer(QuietTrainer):
         return model.merge_and_unload() if isinstance(model, PeftModel) else model
 
     def privacy_report(self) -> dict[str, Any]:
-        """What was guaranteed and by which mechanism, for the steps that really ran; plain JSON values for the card."""
+        """What was guaranteed and by which mechanism, as the ledger knows it; plain JSON values for the card.
+
+        The claim is that of all planned steps, also where the run ended early: see `PrivacyPlan.claimed`.
+        """
         args, post_processing = self.args, []
         if args.ema_decay:
             post_processing.append(f"exponential moving average of the weights, decay {args.ema_decay:g}")
@@ -429,22 +439,26 @@ def _check_scale_weights(model: Any, scale_weights: list[float] | None) -> None:
         )
 
 
+def _text_shape(model: Any) -> tuple[int, int] | None:
+    """(K, width) of the text states that a model takes; None for one without text."""
+    slots = getattr(getattr(model, "config", None), "text_slots", 0)
+    return (slots, model.config.text_width) if slots else None
+
+
 def _text_dropout(model: Any, dataset: Any) -> float:
     """The share of rows to show without text; 0 for a model without.
 
     Raises:
         ValueError: rows with text for a model without, or the other way round, or text states of another shape.
     """
-    config, captions = getattr(model, "config", None), getattr(dataset, "captions", None)
-    slots = getattr(config, "text_slots", 0)
-    wanted = (slots, getattr(config, "text_width", 0) if slots else 0)
+    captions, wanted = getattr(dataset, "captions", None), _text_shape(model) or (0, 0)
     given = (captions.max_text_tokens, captions.text_width) if captions is not None else (0, 0)
     if wanted != given and hasattr(dataset, "captions"):
         raise ValueError(
             f"the rows have (max_text_tokens, text_width) = {given}, the model {wanted}, where (0, 0) is no text; build"
             " the token store with this model and a caption_column, or without one for a model without text."
         )
-    return getattr(config, "text_dropout", 0.0) if slots else 0.0
+    return getattr(model.config, "text_dropout", 0.0) if any(wanted) else 0.0
 
 
 class _Averaging(TrainerCallback):

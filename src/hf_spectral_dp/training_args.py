@@ -207,8 +207,9 @@ class DPTrainingArguments(TrainingArguments):
             persons: whether a privacy unit of this run is a person rather than a row; None if that is not known yet.
 
         Returns:
-            [{"plan": its `PrivacyPlan` with the steps that were charged, "clipping_norm", "ledger_head"}, ...], with
-            "log_private_loss" or "noise" where the run was looser in these than a run is by default.
+            [{"plan": its `PrivacyPlan`, of which all steps count (see `claimed` there), "clipping_norm",
+            "ledger_head"}, ...], with "log_private_loss" or "noise" where the run was looser in these than a run is by
+            default.
 
         Raises:
             LedgerError: a ledger is missing or altered, states no plan, counts a run that another one counts, or is of
@@ -225,7 +226,7 @@ class DPTrainingArguments(TrainingArguments):
                     for run, sealed in zip(plan.earlier, header.get("earlier_runs", ()), strict=True)
                 ]
                 own = {
-                    "plan": dataclasses.replace(plan, steps=ledger["charged"], earlier=()),
+                    "plan": dataclasses.replace(plan, earlier=()),
                     "clipping_norm": float(header["clipping_norm"]),
                     "ledger_head": ledger["head"],
                     **{name: value for name, value in _WORSE.items() if header.get(name) == value},

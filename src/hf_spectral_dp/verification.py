@@ -23,9 +23,10 @@ _LAST_PLACE = 1e-4 + 1e-9
 
 
 def event_contradictions(report: Mapping[str, Any]) -> list[str]:
-    """The recorded event against the one that plan and charged steps imply."""
+    """The recorded event against the one that the plan implies."""
+    plan = plan_of(report)
     recorded = dict(leaves(report["accounting"]["event"]))
-    implied = dict(leaves(event_to_dict(plan_of(report).event(report["mechanism"]["charged_steps"]))))
+    implied = dict(leaves(event_to_dict(plan.event(plan.claimed(report["mechanism"]["charged_steps"])))))
     found = [
         f"accounting.event.{name_of(key)}={recorded.get(key)}, but the mechanism's other facts imply"
         f" {implied.get(key)}."
@@ -45,21 +46,22 @@ def _unreadable(report: Mapping[str, Any]) -> list[str]:
 
 def claim_contradictions(report: Mapping[str, Any]) -> list[str]:
     """Every figure of the claim against a fresh computation."""
-    claim, charged, plan = report["claim"], report["mechanism"]["charged_steps"], plan_of(report)
-    figures = [("epsilon", claim["epsilon"], plan.epsilon(charged))]
+    claim, plan = report["claim"], plan_of(report)
+    claimed = plan.claimed(report["mechanism"]["charged_steps"])
+    figures = [("epsilon", claim["epsilon"], plan.epsilon(claimed))]
     for index, entry in enumerate(claim["profile"]):
-        (again,) = plan.profile(charged, [entry["delta"]])
+        (again,) = plan.profile(claimed, [entry["delta"]])
         figures.append((f"profile[{index}].epsilon", entry["epsilon"], again["epsilon"]))
-    unamplified = plan.epsilon_without_amplification(charged)
+    unamplified = plan.epsilon_without_amplification(claimed)
     figures.append(("epsilon_without_amplification", claim["epsilon_without_amplification"], unamplified))
-    figures.append(("gaussian_dp.mu", claim["gaussian_dp"]["mu"], gaussian_dp(plan, charged)))
-    bounds = attack_bounds(plan, charged)
+    figures.append(("gaussian_dp.mu", claim["gaussian_dp"]["mu"], gaussian_dp(plan, claimed)))
+    bounds = attack_bounds(plan, claimed)
     figures.append(("attack.advantage", claim["attack"]["advantage"], bounds["advantage"]))
     rates = {entry["false_positive_rate"]: entry["true_positive_rate"] for entry in bounds["true_positive_rates"]}
     for index, entry in enumerate(claim["attack"]["true_positive_rates"]):
         name, again = f"attack.true_positive_rates[{index}]", rates[entry["false_positive_rate"]]
         figures.append((f"{name}.true_positive_rate", entry["true_positive_rate"], again))
-    groups = {entry["units"]: entry["epsilon"] for entry in group_epsilons(plan, charged)}
+    groups = {entry["units"]: entry["epsilon"] for entry in group_epsilons(plan, claimed)}
     for index, entry in enumerate(claim["groups"]):
         figures.append((f"groups[{index}].epsilon", entry["epsilon"], groups[entry["units"]]))
     accounting = report["accounting"]
@@ -103,6 +105,9 @@ def ledger_contradictions(report: Mapping[str, Any], path: str | Path | None = N
     runs = [ledger["header"], *ledger["header"].get("earlier_runs", [])]
     if any(run.get("log_private_loss") for run in runs) and not report["training"]["private_loss_logged"]:
         found.append(f"{path} says that the loss of private rows was logged, but training.private_loss_logged=False.")
+    level = "person" if ledger["header"].get("persons") else "row"
+    if report["unit"]["level"] != level:
+        found.append(f"{path} was opened for units of level {level!r}, but unit.level={report['unit']['level']!r}.")
     generator = report["randomness"]["generator"]
     if any(run.get("noise") == "philox" for run in runs) and "Philox" not in generator:
         found.append(f"{path} says that Philox drew the noise, but randomness.generator={generator!r}.")
@@ -147,7 +152,7 @@ def private_runs(folder: Path) -> dict[str, list[str]]:
         By the path of the config in the folder. A critic that names no run is there, too: private training made it.
     """
     found = {}
-    for path in sorted([*folder.glob("config.json"), *folder.glob("*/config.json")]):
+    for path in sorted(folder.rglob("config.json")):
         try:
             runs = json.loads(path.read_bytes()).get("private_runs")
         except (OSError, ValueError, AttributeError):  # none that can be loaded

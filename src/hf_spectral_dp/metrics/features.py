@@ -78,8 +78,8 @@ class PublicFeatures:
     @torch.no_grad()
     def maps(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Features (B, D), and the feature maps (B, C, h, w) of three depths they are the means of, on the CPU."""
-        maps = self.network.maps(self.network.prepare(images))
-        return self.network.scaled(maps).cpu(), [found.cpu() for found in maps]
+        features, maps = self.network.seen(images)
+        return features.cpu(), [found.cpu() for found in maps]
 
 
 class InceptionFeatures:

@@ -21,7 +21,7 @@ class PublicFeatureConfig(PretrainedConfig):
     """Shape of a `PublicFeatureNetwork`.
 
     Args:
-        image_size: side to which images are brought, a multiple of 16.
+        image_size: side to which images are brought, a multiple of 16; of 8 for "resnet9".
         widths: channels of the stem and of each stage; every stage halves the side, those after the first two give
             features.
         num_classes: outputs of the classifier that trains the network.
@@ -31,7 +31,7 @@ class PublicFeatureConfig(PretrainedConfig):
             slow at the same ones.
 
     Raises:
-        ValueError: no such architecture, or not four widths for "resnet9".
+        ValueError: no such architecture, or a size or widths that do not fit "resnet9".
     """
 
     model_type = "spectral_public_features"
@@ -49,6 +49,8 @@ class PublicFeatureConfig(PretrainedConfig):
             raise ValueError(f"architecture={architecture!r} is unknown; choose 'strided' or 'resnet9'.")
         if architecture == "resnet9" and len(widths) != 4:
             raise ValueError(f"widths={list(widths)} are {len(widths)}; 'resnet9' has four, such as 32 64 128 256.")
+        if architecture == "resnet9" and (image_size < 8 or image_size % 8):
+            raise ValueError(f"image_size={image_size} is halved three times by a 'resnet9'; use a multiple of 8.")
         self.architecture = architecture
         self.image_size = image_size
         self.widths = list(widths)
@@ -138,7 +140,7 @@ class PublicFeatureNetwork(PreTrainedModel):
         images = pixel_values.to(self.device, torch.float32).clamp(-1, 1)
         if images.shape[-2:] != (side, side):
             images = F.interpolate(images, (side, side), mode="bicubic", antialias=True, align_corners=False)
-        return images.expand(-1, 3, -1, -1).to(memory_format=torch.channels_last)
+        return images.expand(-1, 3, -1, -1).to(self.dtype, memory_format=torch.channels_last)
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """Outputs of the stages after the first two, (B, C, h, w) each, for prepared images."""
@@ -167,11 +169,18 @@ class PublicFeatureNetwork(PreTrainedModel):
         """Features (B, D) of the outputs of those stages: pooled, and scaled."""
         return (self.pooled(maps) - self.feature_mean) * self.feature_scale
 
+    def seen(self, pixel_values: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Features (B, D), float32, of images (B, 1 or 3, H, W) in [-1, 1], and their `maps`."""
+        images = self.prepare(pixel_values)
+        maps = self.maps(images)
+        features = self.scaled(maps).float()
+        if self.peaks:
+            features = (features + self.scaled(self.maps(images.flip(-1))).float()) / 2
+        return features, maps
+
     def features(self, pixel_values: Tensor) -> Tensor:
         """Features (B, D), float32, of images (B, 1 or 3, H, W) in [-1, 1]."""
-        images = self.prepare(pixel_values)
-        seen = self.scaled(self.maps(images))
-        return (seen + self.scaled(self.maps(images.flip(-1)))) / 2 if self.peaks else seen
+        return self.seen(pixel_values)[0]
 
 
 __all__ = ["CHECKPOINT", "EYE", "PublicFeatureConfig", "PublicFeatureNetwork"]

@@ -261,6 +261,15 @@ class PrivacyPlan:
         events = (*(run.event() for run in self.earlier), own)  # a tuple, because a list has no hash
         return dp_event.ComposedDpEvent(tuple(event for event in events if event != dp_event.NoOpDpEvent()))
 
+    def claimed(self, charged: int) -> int:
+        """The steps that a claim counts for a run that charged so many: all planned ones, as soon as there was one.
+
+        Who ends a run early may have looked at what it released, and epsilon of the charged steps is proven only for
+        a number of steps that was fixed before. For one chosen on the way, that of the most steps it could have had
+        holds (privacy filters: Rogers et al., arXiv:1605.08294; Whitehouse et al., arXiv:2203.05481).
+        """
+        return self.steps if charged else 0
+
     def _own_event(self, count: int) -> dp_event.DpEvent:
         if count == 0:
             return dp_event.NoOpDpEvent()

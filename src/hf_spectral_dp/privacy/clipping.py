@@ -15,6 +15,9 @@ from torch.distributed.tensor import DTensor, Partial
 from .book import SLACK, Book, precise
 from .recording import Recorder
 
+SMALLEST = 1e-12
+"""Clipping norm below which squares of gradients could vanish in float32, and with them the norms that are clipped."""
+
 
 class PerExampleClipper:
     """Adds up clipped per-example gradients of a model over micro-batches.
@@ -43,12 +46,15 @@ class PerExampleClipper:
         [0.9, 1.2]
 
     Raises:
-        ValueError: clipping_norm not positive, no trainable parameter, or one that no module's forward uses (named).
+        ValueError: clipping_norm below `SMALLEST` or infinite, no trainable parameter, or one that no module's forward
+            uses (named).
     """
 
     def __init__(self, model: nn.Module, clipping_norm: float, memory_budget: int = 64 << 20):
-        if not 0 < clipping_norm < float("inf"):
-            raise ValueError(f"clipping_norm={clipping_norm} must be positive and finite; 1.0 is usual.")
+        if not SMALLEST <= clipping_norm < float("inf"):
+            raise ValueError(
+                f"clipping_norm={clipping_norm} must be positive, at least {SMALLEST:g} and finite; 1.0 is usual."
+            )
         self.clipping_norm = clipping_norm
         self._recorder = Recorder(model, memory_budget)
         if not self.parameters:
