@@ -103,6 +103,9 @@ def read_config(path: str) -> dict[str, Any]:
         if not isinstance(views, dict) or "count" not in views or set(views) - set(known):
             raise ValueError(f"{path}: data.views={views!r} takes count, and beside it some of {', '.join(known[1:])}.")
     if critic := config["critic"]:
+        if "network" in critic and not Path(located(critic["network"])).is_dir():
+            raise ValueError(f"{path}: critic.network={critic['network']!r} is no folder; name one that train_eye.py or"
+                             " train_features.py wrote, or bundled:public-eye.")  # fmt: skip
         kind = critic.setdefault("kind", "classes")
         if kind not in CRITICS:
             raise ValueError(f"{path}: critic.kind={kind!r} is unknown; use one of {', '.join(CRITICS)}.")

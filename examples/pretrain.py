@@ -19,7 +19,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from rebuild import rebuild_command
+from rebuild import parsed, rebuild_command
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--license", default="apache-2.0")
     parser.add_argument("--codec_arguments", default="", help="how the codec was made, for the card")
     parser.add_argument("--out", required=True)
-    arguments = parser.parse_args()
+    arguments = parsed(parser)
 
     encoder, tokenizer, text = None, None, {}
     if arguments.text_encoder:

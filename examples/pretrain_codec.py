@@ -13,6 +13,7 @@ import itertools
 
 import numpy as np
 import torch
+from rebuild import parsed
 
 from hf_spectral_dp import SpectralConfig, SpectralImageProcessor, SpectralTokenizerForCausalLM
 from hf_spectral_dp.image_decoding import readable
@@ -47,7 +48,7 @@ def main() -> None:
     parser.add_argument("--num_attention_heads", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", required=True)
-    arguments = parser.parse_args()
+    arguments = parsed(parser)
     torch.manual_seed(arguments.seed)
 
     config = SpectralConfig(  # refuses what cannot work, before any image is read

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from critics import ledger_of, trained
+from job_config import located
 from PIL import Image
 from torch import Tensor
 
@@ -58,7 +59,7 @@ def mean_of(
     ledger = str(ledger_of(output))
     if folder.exists():
         return MeanCritic.from_pretrained(folder), ledger
-    critic = MeanCritic.on(PublicFeatures(section.get("network", CHECKPOINT)).network)
+    critic = MeanCritic.on(PublicFeatures(located(section["network"]) if "network" in section else CHECKPOINT).network)
     columns = {name: column for name, column in columns.items() if name not in ("label_column", "class_names")}
     rows = ImageFeatureRows(store, images, processor, critic.features, **columns)
     return trained(critic, rows, section, args, output), ledger

@@ -1,7 +1,17 @@
-"""The command that makes a public network again, for the card of the scripts that train one."""
+"""What the scripts that train a public network share: where it goes, and the command that makes it again."""
 
+import argparse
 import shlex
+from pathlib import Path
 from typing import Any
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments; refuses an `out` that cannot become a folder, before hours of training."""
+    arguments = parser.parse_args()
+    if Path(arguments.out).exists() and not Path(arguments.out).is_dir():
+        parser.error(f"--out {arguments.out} is a file; name a folder for the network.")
+    return arguments
 
 
 def rebuild_command(script: str, options: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ Streams the images once into token rows, fine-tunes the public model on them wit
 super-resolution model, and writes to the config's `output` folder:
 
     pipeline/    a DPSpectralPipeline with privacy.json, README.md (the card) and samples.png: this may be published
-    tokens/      the token rows, as private as the images; tokens.json says of which data
+    tokens/      the token rows, as private as the images; tokens.json says of which data, and by which critic
     training/    checkpoints and the privacy ledger; keep them together and private
 
 With a `critic` section, a small part of the budget goes into a critic that chooses among the images drawn: by the mean
@@ -62,12 +62,13 @@ def tokenise(
 ) -> TokenStore:
     """The token rows: made once by the first process of the machine, opened by the others and by resumed runs."""
     asked = {name: value for name, value in config["data"].items() if name not in ("description", "num_examples")}
+    asked["critic"] = config["critic"]  # whose photos and network a run that goes on finds in its folder, too
     made_of = folder.with_name("tokens.json")
     with PartialState().local_main_process_first():
         if folder.exists():
             if made_of.exists() and (made := json.loads(made_of.read_bytes())) != json.loads(json.dumps(asked)):
-                raise ValueError(f"the tokens in {str(folder)!r} were made of data={made}, not of {asked}; give that"
-                                 " section again, or train in another folder.")  # fmt: skip
+                raise ValueError(f"the tokens in {str(folder)!r} were made of data={made}, not of {asked}; give"
+                                 " data and critic again as they were, or train in another folder.")  # fmt: skip
         else:
             images, columns = private_images(config["data"])
             encoder, tokenizer = text

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from job_config import located
-from rebuild import rebuild_command
+from rebuild import parsed, rebuild_command
 from torch import Tensor
 from tqdm.auto import tqdm
 from train_features import accuracy, public_images, scale_features
@@ -114,11 +114,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", help="what the card calls the images; default: what --public says")
     parser.add_argument("--out", required=True)
-    arguments = parser.parse_args()
+    arguments = parsed(parser)
     torch.manual_seed(arguments.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = AutoModelForCausalLM.from_pretrained(located(arguments.codec)).to(device).eval()
     refuse_uncounted(f"--codec {arguments.codec}", model)
+    if model.config.num_channels != 3:
+        parser.error(f"--codec {arguments.codec} is for grey images; the eye is for colour photos.")
     detail = AutoModelForImageToImage.from_pretrained(located(arguments.super_resolution)).to(device).eval()
     refuse_uncounted(f"--super_resolution {arguments.super_resolution}", detail)
     size, side = arguments.size, model.config.image_size

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from rebuild import rebuild_command
+from rebuild import parsed, rebuild_command
 from torch import Tensor
 
 from hf_spectral_dp import SpectralImageProcessor
@@ -56,6 +56,11 @@ def public_images(
     processor = SpectralImageProcessor(image_size=size, num_channels=3)
     pixels, labels = [], []
     for picture, row in itertools.islice(readable(load_images(source, split), image_column), limit):
+        if row.get(label_column) is None:
+            raise SystemExit(
+                f"{source}: row {len(labels)} has no label in {label_column!r}; --label_column names one of"
+                f" {', '.join(map(str, row))}, and every photo needs a class."
+            )
         image = processor(picture)["pixel_values"]
         pixels.append(((image + 1) * 127.5).round().to(torch.uint8))
         labels.append(row[label_column])
@@ -109,7 +114,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", help="what the card calls the images; default: what --public says")
     parser.add_argument("--out", required=True)
-    arguments = parser.parse_args()
+    arguments = parsed(parser)
     torch.manual_seed(arguments.seed)
 
     images, names = public_images(

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rebuild import rebuild_command
+from rebuild import parsed, rebuild_command
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--features", type=int, default=32)
     parser.add_argument("--num_blocks", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    arguments = parsed(parser)
     if arguments.start and not arguments.adversarial:
         parser.error(f"--start {arguments.start} without --adversarial: give the weight of looking true, 0.1 is usual.")
     if arguments.prior and not arguments.codec:

@@ -17,6 +17,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import broadcast
 from critics import ledger_of, trained
+from job_config import located
 from pretrain import Rows
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -88,7 +89,7 @@ def taught(
     if known:
         critic = ClassCritic.from_pretrained(folder)
     else:
-        network = PublicFeatures(section.get("network", EYE)).network
+        network = PublicFeatures(located(section["network"]) if "network" in section else EYE).network
         critic = ClassCritic.on(network, model.config.num_classes)
     features = features_of(model.eval(), detail, critic.features)
     # Every process draws its own view of a photo; what they whiten by, and choose, must be the same.

@@ -115,7 +115,7 @@ def test_images_in_pipeline_and_card_out(job, tmp_path):
         ("training", "epsilon", 1.0, r"unknown fields \['epsilon'\]"),
         ("sampling", "temprature", 1.0, r"unknown fields \['temprature'\]"),
         ("sampling", "temperature", [1.0] * 7, "temperature=.* must be > 0: one number, or"),
-        ("sampling", "attempts", 0, "attempts=0 at least 1"),
+        ("sampling", "attempts", 0, "attempts=0 a whole number of at least 1"),
         ("sampling", "guidance_scale", float("inf"), "guidance_scale=inf must be finite"),
         ("card", "tuning_data", "validation", "hyperparameter_tuning.data='validation': .*none, public"),
         ("card", "license", "", "license=''"),
@@ -171,6 +171,38 @@ def test_a_run_does_not_go_on_with_other_data(job, tmp_path, monkeypatch, change
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(job))
         with pytest.raises(error, match=message):
             train.main()
+
+
+def test_a_run_does_not_go_on_with_another_critic(job, tmp_path, monkeypatch):
+    """Photos and network that are there would be used, and the card would speak of the others."""
+    monkeypatch.setattr(train, "DPTrainer", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_here(job, tmp_path, monkeypatch)
+    job |= {"critic": {"kind": "mean", "target_epsilon": 1.0}, "sampling": {"attempts": 2}}
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:3], "--resume"])
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(job))
+    with pytest.raises(ValueError, match="give data and critic again as they were"):
+        train.main()
+
+
+def test_a_network_that_is_not_there_is_refused_before_any_image_is_read(job, tmp_path, monkeypatch):
+    job |= {"critic": {"kind": "mean", "target_epsilon": 1.0, "network": "nowhere"}, "sampling": {"attempts": 2}}
+    with pytest.raises(ValueError, match="critic.network='nowhere' is no folder; .* bundled:public-eye"):
+        run_here(job, tmp_path, monkeypatch)
+    assert not (tmp_path / "run").exists()
+
+
+TRAINS = ("pretrain", "pretrain_codec", "train_eye", "train_features", "train_super_resolution")
+
+
+@pytest.mark.parametrize("script", TRAINS)
+def test_a_file_where_a_network_should_go_is_refused_before_training(tmp_path, monkeypatch, capsys, script):
+    (tmp_path / "file").write_text("taken")
+    codec = [] if script in ("pretrain_codec", "train_features") else ["--codec", "c"]
+    monkeypatch.setattr(sys, "argv", ["x", "--public", "p", *codec, "--out", str(tmp_path / "file")])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(EXAMPLES / f"{script}.py"), run_name="__main__")
+    assert "file is a file; name a folder for the network" in capsys.readouterr().err
 
 
 def test_the_ceiling_sees_every_row_through_the_codec(job, tmp_path, monkeypatch):

@@ -430,7 +430,7 @@ def test_accumulated_batches_of_the_plain_trainer_equal_one_batch(tmp_path):
         ({"num_samples": 1, "top_p": 0.0}, r"top_p=0.0 in \(0, 1\]"),
         ({"num_samples": 1, "top_p": 1.1}, "top_p=1.1"),
         ({"num_samples": 1, "top_p": float("nan")}, "top_p=nan"),
-        ({"num_samples": 1, "top_k": -1}, "top_k=-1 >= 0"),
+        ({"num_samples": 1, "top_k": -1}, "top_k=-1 a whole number >= 0"),
         ({"num_samples": 1, "guidance_scale": 2.0}, "guidance_scale=2.0 .*needs class_labels or text_states; use 1.0"),
         ({"class_labels": torch.tensor([1]), "guidance_scale": float("nan")}, "guidance_scale=nan must be finite"),
         ({"class_labels": torch.tensor([1]), "guidance_scale": float("inf")}, "guidance_scale=inf"),

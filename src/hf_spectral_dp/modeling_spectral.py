@@ -8,6 +8,7 @@ classifier-free guidance.
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -382,16 +383,20 @@ class SpectralTokenizerForCausalLM(HubModel, PreTrainedModel, GenerationMixin):
             ValueError: a value out of range.
         """
         scales = len(self.config.layout.scales)
-        found = list(temperature) if isinstance(temperature, Sequence) else [float(temperature)] * scales
+        given: Any = [temperature] * scales if isinstance(temperature, Real) else temperature
+        found = [float(each) for each in given]
         if len(found) != scales or not all(each > 0 for each in found):
             raise ValueError(
                 f"temperature={temperature} must be > 0: one number, or {scales} of them, one per scale, coarse to"
                 " fine."
             )
-        if not 0 < top_p <= 1 or top_k < 0:
-            raise ValueError(f"sampling needs top_p={top_p} in (0, 1], top_k={top_k} >= 0.")
-        if not math.isfinite(guidance_scale) or attempts < 1:
-            raise ValueError(f"guidance_scale={guidance_scale} must be finite, attempts={attempts} at least 1.")
+        if not 0 < top_p <= 1 or not isinstance(top_k, Integral) or top_k < 0:
+            raise ValueError(f"sampling needs top_p={top_p} in (0, 1], top_k={top_k} a whole number >= 0.")
+        finite = isinstance(guidance_scale, Real) and math.isfinite(guidance_scale)
+        if not finite or not isinstance(attempts, Integral) or attempts < 1:
+            raise ValueError(
+                f"guidance_scale={guidance_scale!r} must be finite, attempts={attempts!r} a whole number of at least 1."
+            )
         return found
 
     def _check_condition(

@@ -345,7 +345,7 @@ class DPSpectralPipeline(DiffusionPipeline):
             enlarge = upscaler(backend)
             _check_scale(enlarge, config)
         scales = config.layout.scales
-        if num_scales is not None and not 1 <= num_scales <= len(scales):
+        if num_scales is not None and (not isinstance(num_scales, Integral) or not 1 <= num_scales <= len(scales)):
             raise ValueError(f"num_scales={num_scales} must be in [1, {len(scales)}], the scales of the model.")
         labels = None
         if class_labels is not None:
