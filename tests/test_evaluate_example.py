@@ -110,6 +110,24 @@ def test_weights_that_the_card_does_not_know_are_not_measured_and_not_vouched_fo
     assert (tmp_path / "pipeline" / "privacy.json").read_bytes() == before and not (tmp_path / "report").exists()
 
 
+def test_a_private_choice_reads_all_of_its_images_and_is_none_of_persons(job, tmp_path, monkeypatch):
+    """With a limit, an image left out would let another one in: two images differ, where epsilon is for one."""
+    read = {}
+    reads = lambda rows, processor, name, limit, **more: read.update({name: limit})  # noqa: E731
+    monkeypatch.setattr(example, "read_real_images", reads)
+    monkeypatch.setattr(example, "assess", lambda *args, **more: 1 / 0)
+    data = str(tmp_path / "data")
+    more = ["--training", data, "--validation_split", "test", "--selection_epsilon", "1", "--limit", "30"]
+    with pytest.raises(ZeroDivisionError):
+        run([*job, "--split", "train", *more], monkeypatch)
+    assert read == {f"{data}, train": 30, f"{data}, test": None}
+    persons = report()
+    persons["unit"]["level"] = "person"
+    PrivacyCard(persons).save(tmp_path / "pipeline")
+    with pytest.raises(SystemExit, match="an epsilon for each image, but .* protects persons"):
+        run([*job, "--split", "train", *more], monkeypatch)
+
+
 def png(levels: np.ndarray) -> dict:
     file = io.BytesIO()
     Image.fromarray(levels).save(file, "PNG")
