@@ -146,7 +146,8 @@ def test_a_choice_on_private_images_is_accounted_but_not_by_the_claim():
     card = PrivacyCard(for_the_card(assessment, report())).report
     spent = {"what": look["what"], "accounted": False, "released": True}
     assert card["data_accesses"].count(spent) == 1
-    assert for_the_card(assessment, card)["data_accesses"].count(spent) == 2  # every choice is paid for
+    again = PrivacyCard(for_the_card(assessment, card)).report
+    assert again["data_accesses"].count(spent) == 2  # every choice is paid for
     accuracies = [row for row in card["utility"] if "classifier" in row["metric"] and row["dataset"] == "public"]
     assert accuracies and all(row["private"] for row in accuracies)
 

@@ -183,13 +183,18 @@ def test_classes_that_are_text_are_numbered_by_the_list(random_images, grey_mode
     store = build(rows, grey_model, processor, tmp_path / "store", label_column="what", class_names=["a", "b"])
     classes, null = grey_model.config.class_token_ids, grey_model.config.null_token_id
     assert store[np.arange(4)]["input_ids"][:, 0].tolist() == [classes[1], classes[0], null, null]
+    with pytest.raises(ValueError, match="label 1 is a number without a name; leave out class_names"):
+        build([rows[0] | {"what": 1}], grey_model, processor, tmp_path / "no", label_column="what", class_names=["a"])
 
 
 class Unread:
     """A source that must not be touched."""
 
     features = datasets.Features(
-        {"image": datasets.Image(), "many": datasets.ClassLabel(num_classes=11), "text": datasets.Value("string")}
+        {
+            "image": datasets.Image(), "many": datasets.ClassLabel(num_classes=11), "text": datasets.Value("string"),
+            "number": datasets.Value("int64"),
+        }  # fmt: skip
     )
 
     def __iter__(self):
@@ -206,6 +211,7 @@ class Unread:
         ({"label_column": "text", "class_names": ["a", "a"]}, "a list of different names"),
         ({"label_column": "text", "class_names": list("abcdefghijk")}, "at most the model's num_classes=10"),
         ({"class_names": ["a"]}, "label_column=None: give a list"),
+        ({"label_column": "number", "class_names": ["a"]}, "label_column='number' holds numbers without names"),
         ({"batch_size": 0}, "batch_size=0"),
     ],
 )

@@ -270,6 +270,8 @@ def _numbered(
     for image, label, *others in examples:
         if known is not None and isinstance(label, int) and 0 <= label < len(known):
             label = known[label]
+        elif isinstance(label, int) and label != -1:
+            raise ValueError(f"label {label} is a number without a name; leave out class_names={class_names!r}.")
         yield image, numbers.get(label), *others
 
 
@@ -314,6 +316,10 @@ def _check(
             raise ValueError(f"{name}={column!r} is not a column of the data; choose one of {sorted(features)}.")
     if label_column is not None:
         feature, named = features[label_column], class_names is not None
+        if named and not isinstance(feature, ClassLabel) and getattr(feature, "dtype", None) in ("int32", "int64"):
+            raise ValueError(
+                f"label_column={label_column!r} holds numbers without names; leave out class_names={class_names!r}."
+            )
         source = getattr(getattr(dataset, "info", None), "builder_name", None)
         if isinstance(feature, ClassLabel) and source == "imagefolder" and not named:
             raise ValueError(

@@ -27,8 +27,7 @@ class PublicFeatureConfig(PretrainedConfig):
         num_classes: outputs of the classifier that trains the network.
         architecture: "strided", where convolutions halve the side and those stages end in a residual block of one, or
             "resnet9", where the largest of 2 x 2 is kept and two stages have a residual block of two convolutions
-            (D. Page's network for CIFAR-10; ResNet, arXiv:1512.03385). It has four widths, and is some ten times as
-            slow at the same ones.
+            (D. Page's network for CIFAR-10; ResNet, arXiv:1512.03385); that has four widths.
 
     Raises:
         ValueError: no such architecture, or a size or widths that do not fit "resnet9".
