@@ -123,16 +123,13 @@ def evaluate(args: argparse.Namespace) -> None:
         given = {"image_column": args.image_column, "label_column": args.label_column, "limit": args.limit} | more
         return read_real_images(load_images(source, split), pipeline.image_processor, f"{source}, {split}", **given)
 
-    def validation() -> RealImages | None:
-        # All of them: a limit would let another image in for one that is left out, and the choice is for one, not two.
-        return read(args.training, args.validation_split, limit=None) if args.validation_split else None
-
     assessment = assess(
         pipeline,
         read(args.real, args.split, public=args.real_is_public),
         training=read(args.training, args.training_split) if args.training else None,
         twin=twin,
-        private_validation=validation(),
+        # All of them: a limit would let another image in for one that is left out, and the choice is for one, not two.
+        private_validation=read(args.training, args.validation_split, limit=None) if args.validation_split else None,
         selection_epsilon=args.selection_epsilon,
         extractor=extractor,
         num_images=args.num_images,

@@ -9,7 +9,7 @@ super-resolution model, and writes to the config's `output` folder:
     tokens/      the token rows, as private as the images; tokens.json says of which data, and by which critic
     training/    checkpoints and the privacy ledger; keep them together and private
 
-With a `critic` section, a small part of the budget goes into a critic that chooses among the images drawn: by the mean
+With a `critic` section, a part of the budget goes into a critic that chooses among the images drawn: by the mean
 of the private images (`kind: mean`, see private_mean.py), or by their classes (`kind: classes`, see warm_start.py). It
 also says from which public photos super-resolution learns detail like that of the private images, or the public model
 the classes before private training begins. With an

@@ -20,7 +20,7 @@ from job_config import located
 from rebuild import parsed, rebuild_command
 from torch import Tensor
 from tqdm.auto import tqdm
-from train_features import accuracy, public_images, scale_features
+from train_features import accuracy, add_photos, add_words, public_images, scale_features
 from transformers import AutoModelForCausalLM, AutoModelForImageToImage
 
 from hf_spectral_dp.metrics.public_features import PublicFeatureConfig, PublicFeatureNetwork
@@ -95,24 +95,18 @@ def batches(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--public", required=True, help="an image folder, or a Hub data set id, with labels")
-    parser.add_argument("--split", default="train")
-    parser.add_argument("--image_column", default="image")
-    parser.add_argument("--label_column", default="label")
+    add_photos(parser)
     parser.add_argument(
         "--codec", default="bundled:photos", help="public model whose codec the images are seen through"
     )
     parser.add_argument("--super_resolution", default="bundled:photos-super-resolution", help="what goes with it")
-    parser.add_argument("--license", default="apache-2.0")
-    parser.add_argument("--terms", default="see their source", help="of use of the images, for the card")
-    parser.add_argument("--images", type=int, default=200_000, help="read at most so many")
+    add_words(parser)
     parser.add_argument("--size", type=int, default=32, help="side of the images that the network sees")
     parser.add_argument("--widths", type=int, nargs=4, default=[32, 64, 128, 256])
     parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--batch_size", type=int, default=256)
     parser.add_argument("--learning_rate", type=float, default=0.2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--name", help="what the card calls the images; default: what --public says")
     parser.add_argument("--out", required=True)
     arguments = parsed(parser)
     torch.manual_seed(arguments.seed)
@@ -125,17 +119,14 @@ def main() -> None:
     refuse_uncounted(f"--super_resolution {arguments.super_resolution}", detail)
     size, side = arguments.size, model.config.image_size
 
-    photos, names = public_images(
-        arguments.public, arguments.split, arguments.image_column, arguments.label_column, side, arguments.images
-    )
-    classes = {name: index for index, name in enumerate(sorted(set(names)))}
-    labels = torch.tensor([classes[name] for name in names])
-    small = as_bytes(F.interpolate(photos.float() / 127.5 - 1, (size, size), mode="area"))
+    photos, labels, classes = public_images(arguments, side)
+    scaled = (some.float() / 127.5 - 1 for some in photos.split(500))
+    small = torch.cat([as_bytes(F.interpolate(some, (size, size), mode="area")) for some in scaled])
     looks = [small, *(through_codec(some, model, detail, size) for some in (photos, photos.flip(-1)))]
     held_out = min(2_000, len(photos) // 10)
     kinds, test = torch.stack([look[held_out:] for look in looks]), [look[:held_out] for look in looks]
 
-    network = PublicFeatureNetwork(PublicFeatureConfig(size, tuple(arguments.widths), len(classes), "resnet9"))
+    network = PublicFeatureNetwork(PublicFeatureConfig(size, tuple(arguments.widths), classes, "resnet9"))
     network.to(device, memory_format=torch.channels_last)
     rate = arguments.learning_rate
     optimizer = torch.optim.SGD(network.parameters(), rate, momentum=0.9, weight_decay=5e-4, nesterov=True)
@@ -161,7 +152,7 @@ def main() -> None:
     card = CARD.format(
         license=arguments.license, terms=arguments.terms, parameters=network.num_parameters(), size=size,
         dim=network.feature_mean.numel(), images=kinds.shape[1], public=options["public"], split=arguments.split,
-        classes=len(classes), steps=arguments.steps, batch_size=arguments.batch_size, minutes=minutes,
+        classes=classes, steps=arguments.steps, batch_size=arguments.batch_size, minutes=minutes,
         share=1 - SHARP, codec=arguments.codec, held_out=held_out, accuracy=right, coarse=coarse,
         command=rebuild_command("train_eye.py", options),
     )  # fmt: skip

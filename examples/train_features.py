@@ -49,13 +49,31 @@ on images with terms they like, by the command below, and measures with `--extra
 """
 
 
-def public_images(
-    source: str, split: str, image_column: str, label_column: str, size: int, limit: int
-) -> tuple[Tensor, list]:
-    """uint8 images (n, 3, size, size) and their labels, in a random order that is the same every time."""
+def add_photos(parser: argparse.ArgumentParser) -> None:
+    """The options that say which labelled photos; `public_images` reads them."""
+    parser.add_argument("--public", required=True, help="an image folder, or a Hub data set id, with labels")
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--image_column", default="image")
+    parser.add_argument("--label_column", default="label")
+
+
+def add_words(parser: argparse.ArgumentParser) -> None:
+    """The options that say how many of the photos are read, and what the card says of them."""
+    parser.add_argument("--license", default="apache-2.0")
+    parser.add_argument("--terms", default="see their source", help="of use of the images, for the card")
+    parser.add_argument("--images", type=int, default=200_000, help="read at most so many")
+    parser.add_argument("--name", help="what the card calls the images; default: what --public says")
+
+
+def public_images(arguments: argparse.Namespace, size: int) -> tuple[Tensor, Tensor, int]:
+    """uint8 images (n, 3, size, size), their classes (n,) from 0, and how many classes there are.
+
+    In a random order that is the same every time. Classes are numbered in the order of their labels.
+    """
+    source, label_column = arguments.public, arguments.label_column
     processor = SpectralImageProcessor(image_size=size, num_channels=3)
-    pixels, labels = [], []
-    for picture, row in itertools.islice(readable(load_images(source, split), image_column), limit):
+    rows, pixels, labels = load_images(source, arguments.split), [], []
+    for picture, row in itertools.islice(readable(rows, arguments.image_column), arguments.images):
         if row.get(label_column) is None:
             raise SystemExit(
                 f"{source}: row {len(labels)} has no label in {label_column!r}; --label_column names one of"
@@ -65,7 +83,8 @@ def public_images(
         pixels.append(((image + 1) * 127.5).round().to(torch.uint8))
         labels.append(row[label_column])
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    return torch.cat(pixels)[order], [labels[index] for index in order]
+    classes = {label: number for number, label in enumerate(sorted(set(labels)))}
+    return torch.cat(pixels)[order], torch.tensor([classes[label] for label in labels])[order], len(classes)
 
 
 def batches(
@@ -99,37 +118,22 @@ def accuracy(model: PublicFeatureNetwork, images: Tensor, labels: Tensor) -> flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--public", required=True, help="an image folder, or a Hub data set id, with labels")
-    parser.add_argument("--split", default="train")
-    parser.add_argument("--image_column", default="image")
-    parser.add_argument("--label_column", default="label")
-    parser.add_argument("--license", default="apache-2.0")
-    parser.add_argument("--terms", default="see their source", help="of use of the images, for the card")
-    parser.add_argument("--images", type=int, default=200_000, help="read at most so many")
+    add_photos(parser)
+    add_words(parser)
     parser.add_argument("--size", type=int, default=64, help="side of the images, a multiple of 16")
     parser.add_argument("--widths", type=int, nargs="+", default=[16, 32, 64, 128, 256])
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--learning_rate", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--name", help="what the card calls the images; default: what --public says")
     parser.add_argument("--out", required=True)
     arguments = parsed(parser)
     torch.manual_seed(arguments.seed)
 
-    images, names = public_images(
-        arguments.public,
-        arguments.split,
-        arguments.image_column,
-        arguments.label_column,
-        arguments.size,
-        arguments.images,
-    )
-    classes = {name: index for index, name in enumerate(sorted(set(names)))}
-    labels = torch.tensor([classes[name] for name in names])
+    images, labels, classes = public_images(arguments, arguments.size)
     held_out = min(2_000, len(images) // 10)
     test, test_labels, images, labels = images[:held_out], labels[:held_out], images[held_out:], labels[held_out:]
-    model = PublicFeatureNetwork(PublicFeatureConfig(arguments.size, arguments.widths, len(classes)))
+    model = PublicFeatureNetwork(PublicFeatureConfig(arguments.size, arguments.widths, classes))
     model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, weight_decay=0.05)
     steps = arguments.epochs * -(-len(images) // arguments.batch_size)
@@ -166,7 +170,7 @@ def main() -> None:
         images=len(images),
         public=options["public"],
         split=arguments.split,
-        classes=len(classes),
+        classes=classes,
         epochs=arguments.epochs,
         minutes=minutes,
         held_out=held_out,
