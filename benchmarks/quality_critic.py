@@ -26,6 +26,7 @@ from hf_spectral_dp.super_resolution_training import MENDING, mend_towards, publ
 from hf_spectral_dp.trainer import LEDGER
 
 CHOICES = 8  # images of which the private mean keeps one
+CLASS_ATTEMPTS = 20  # images drawn at most until the critic of classes takes one for its class
 CLASS_SHARE = 0.3  # of epsilon, for the private critic of classes
 MEAN_SHARE = 0.1  # of epsilon, for the private mean
 SHARE = 0.1  # of the photos that are learned from for each class
@@ -74,7 +75,7 @@ def learn_classes(
     )  # fmt: skip
     labels = model.labels_of(rows[:, :1]).float()
     DPTrainer(critic, arguments, RowsInMemory(torch.cat([labels, features(generator, critic, rows)], 1))).train()
-    generator.critic, generator.temperature = critic.eval(), TEMPERATURE
+    generator.critic, generator.attempts, generator.temperature = critic.eval(), CLASS_ATTEMPTS, TEMPERATURE
     chosen = critic.likeliest(public.to(model.device), SHARE).cpu()
     taught = torch.cat([public_rows[chosen.flatten()], mirrored[chosen.flatten()]])
     taught[:, 0] = torch.arange(classes).repeat_interleave(chosen.shape[1]).repeat(2) + model.config.layout.codes

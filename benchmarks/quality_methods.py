@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_spectral_dp import DPTrainer, DPTrainingArguments, SpectralConfig, SpectralTokenizerForCausalLM
-from hf_spectral_dp.critic import Critic
+from hf_spectral_dp.critic import Critic, draw_by_choice
 from hf_spectral_dp.feature_rows import RowsInMemory
 
 Upscaler = Callable[[Tensor], Tensor]
@@ -31,10 +31,10 @@ class TokenGenerator:
     `config` says which tokens: with all scales it is ours; with one scale of single coefficients it has one token per
     pixel of a small image. `enlarge` 2 shows the codec every pixel as a block of 2 x 2, whose Haar approximation band
     is the image itself: patches of pixels in raster order, the way of models without wavelets; 0.5 shows it averages of
-    such blocks. `attempts`: how often images that the model itself takes for another class are drawn again or, with a
-    `critic`, among how many it chooses, as `DPSpectralPipeline` does; `temperature` divides the logits, one for all
-    scales or one for each; see `SpectralTokenizerForCausalLM.sample`. `detail_steps`: in which the upscaler learned
-    from public photos that a private mean weighed.
+    such blocks. `attempts`: how often images that the model itself or, with one, the `critic` of classes takes for
+    another class are drawn again, or among how many the critic chooses, as `DPSpectralPipeline` does; `temperature`
+    divides the logits, one for all scales or one for each; see `SpectralTokenizerForCausalLM.sample`. `detail_steps`:
+    in which the upscaler learned from public photos that a private mean weighed.
     """
 
     def __init__(self, model: SpectralTokenizerForCausalLM, upscaler: Upscaler, enlarge: float = 1):
@@ -74,21 +74,19 @@ class TokenGenerator:
     def sample(self, labels: Tensor, generator: torch.Generator) -> Tensor:
         """Full-size images (N, C, S, S) in [-1, 1] of class labels; the generator is on the model's device."""
         self.model.eval()
-        return torch.cat([self._drawn(some, generator) for some in labels.split(500)])
+        if self.critic is None:
+            return torch.cat([self._drawn(some, generator, self.attempts) for some in labels.split(500)])
+
+        def draw(places: Tensor, attempt: int) -> tuple[Tensor, Tensor]:
+            images = self._drawn(labels[places], generator, attempts=1)
+            return images, images
+
+        return draw_by_choice(self.critic, draw, labels, len(labels), self.attempts, 500, generator)
 
     @torch.no_grad()
-    def _drawn(self, labels: Tensor, generator: torch.Generator) -> Tensor:
-        candidates = []
-        for _ in range(self.attempts if self.critic is not None else 1):
-            tokens = self.model.sample(
-                labels, generator=generator, temperature=self.temperature,
-                attempts=1 if self.critic is not None else self.attempts,
-            )  # fmt: skip
-            candidates.append(self.upscaler(self.model.decode(tokens)).cpu())
-        if self.critic is None:
-            return candidates[0]
-        best = self.critic.choose(candidates, labels, generator).cpu()
-        return torch.stack(candidates, 1)[torch.arange(len(labels)), best]
+    def _drawn(self, labels: Tensor, generator: torch.Generator, attempts: int) -> Tensor:
+        tokens = self.model.sample(labels, generator=generator, temperature=self.temperature, attempts=attempts)
+        return self.upscaler(self.model.decode(tokens)).cpu()
 
     @property
     def sampling(self) -> dict[str, Any]:

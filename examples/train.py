@@ -45,8 +45,8 @@ from hf_spectral_dp.whole_files import replace_files
 
 MENDED = "super-resolution went on from public photos, weighed so that their features have the private mean"
 DRAWN = {
-    "classes": "the critic keeps the one that shows its class likeliest",
-    "mean": "the critic keeps one, at odds for which images kept have the private mean of public features",
+    "classes": "up to {} images are drawn, until the critic takes one for its class",
+    "mean": "of {} images drawn the critic keeps one, so that images kept have the private mean of public features",
 }
 
 
@@ -167,7 +167,7 @@ def report_of(run: dict[str, Any], config: dict[str, Any], attempts: int, comman
     Args:
         run: `DPTrainer.privacy_report`.
         config: of the job, checked.
-        attempts: images that the pipeline draws for one that it shows.
+        attempts: images that the pipeline draws at most for one that it shows.
         command: that trains the same again.
     """
     words, critic, stages = publisher_words(config), config["critic"], [*run["stages"]]
@@ -177,8 +177,8 @@ def report_of(run: dict[str, Any], config: dict[str, Any], attempts: int, comman
         after = 1 + len(run["mechanism"]["earlier_runs"])  # of the start and the earlier runs, the critic's the last
         stages.insert(after, {"name": "learning the classes", "private": False, "note": NOTE})
     if critic and attempts > 1:
-        kept = f"of {attempts} images drawn, {DRAWN[critic['kind']]}"
-        stages.append({"name": "choosing among samples", "private": False, "note": kept})
+        kept = {"name": "choosing among samples", "private": False, "note": DRAWN[critic["kind"]].format(attempts)}
+        stages.append(kept)
     return {
         **run,
         **words,

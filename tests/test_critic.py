@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_spectral_dp import ClassCritic, DPTrainer, DPTrainingArguments
+from hf_spectral_dp.critic import draw_by_choice
 from hf_spectral_dp.feature_rows import RowsInMemory, critic_arguments
 from hf_spectral_dp.metrics.public_features import PublicFeatureConfig, PublicFeatureNetwork
 from hf_spectral_dp.privacy.clipping import PerExampleClipper
@@ -36,10 +37,14 @@ def fitted(features: torch.Tensor, classes: int = 3) -> ClassCritic:
 
 def test_whitened_public_features_have_no_preferred_direction():
     features, _ = blobs(4000)
+    features[:, 5] = 7.0  # a feature that never varies tells nothing, and must not become a direction of noise
     critic = fitted(features)
     white = (features - critic.mean) @ critic.whitening
     assert white.mean(0).abs().max() < 1e-3
     covariance = white.T @ white / len(white)
+    still = covariance.diagonal().argmin()
+    assert torch.isfinite(white).all() and covariance[still, still] < 1e-4
+    covariance = covariance[torch.arange(6) != still][:, torch.arange(6) != still]
     assert covariance.diagonal().min() > 0.9 and covariance.diagonal().max() < 1.001  # the floor holds the weak ones
     assert (covariance - torch.diag(covariance.diagonal())).abs().max() < 1e-2
 
@@ -130,6 +135,64 @@ def test_a_critic_has_the_marks_of_its_network():
     assert ClassCritic.on(public, 2).config.private_runs is None
     public.config.private_runs = ["ab"]
     assert ClassCritic.on(public, 2).config.private_runs == ["ab"]
+
+
+class Eager:
+    """Images are numbers: a score, and whether that is above 0.8 and so enough. Keeps what it was shown."""
+
+    def __init__(self, drawn: torch.Tensor):
+        self.drawn, self.asked, self.settled = drawn, [], []
+
+    def draw(self, places: torch.Tensor, attempt: int) -> tuple[torch.Tensor, torch.Tensor]:
+        self.asked.append((attempt, places.tolist()))
+        numbers = self.drawn[places, attempt]
+        return torch.stack([numbers, places.double()], 1), numbers
+
+    def judge(self, shown, labels, generator):
+        return shown, shown > 0.8
+
+    def kept(self, **changes) -> list[list[float]]:
+        count, attempts = self.drawn.shape
+        given = {"labels": None, "count": count, "attempts": attempts, "batch_size": 7} | changes
+        return draw_by_choice(self, self.draw, **given, on_kept=self.settled.append).tolist()
+
+
+def test_in_every_place_the_first_good_image_stays_or_the_best():
+    """Against an explicit loop; no place is drawn for after it is settled, and no batch is larger than asked."""
+    drawn = torch.rand(40, 4, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    critic, expected, shown = Eager(drawn), [], 0
+    for place, row in enumerate(drawn.tolist()):
+        good = next((number for number in row if number > 0.8), None)
+        shown += 4 if good is None else row.index(good) + 1
+        expected.append([max(row) if good is None else good, place])
+    assert critic.kept() == expected
+    assert sum(len(places) for _, places in critic.asked) == shown < drawn.numel()
+    assert max(len(places) for _, places in critic.asked) == 7 and [a for a, _ in critic.asked][-1] == 3
+    assert sum(critic.settled) == 40
+    assert critic.kept(attempts=1) == [[row[0], place] for place, row in enumerate(drawn.tolist())]
+
+
+def test_a_good_image_stays_though_a_worse_one_scored_higher_and_a_score_that_is_no_number_is_kept_once():
+    class Odd(Eager):
+        def judge(self, shown, labels, generator):
+            return torch.where(shown == 0.5, 9.0, torch.where(shown == 0.1, torch.nan, shown)), shown > 0.8
+
+    assert Odd(torch.tensor([[0.5, 0.9], [0.1, 0.1], [0.1, 0.2], [0.7, 0.6]], dtype=torch.double)).kept() == [
+        [0.9, 0], [0.1, 1], [0.1, 2], [0.7, 3]
+    ]  # fmt: skip
+
+
+def test_a_class_is_shown_where_no_other_is_likelier():
+    features, _ = blobs()
+    critic = fitted(features)
+    torch.nn.init.normal_(critic.regression.weight, std=3.0, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(60, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    labels = torch.arange(60) % 3
+    scores, enough = critic.judge(images, labels)
+    likely = critic(images).softmax(1)
+    assert torch.allclose(scores.exp(), likely[torch.arange(60), labels])
+    assert torch.equal(enough, (likely[torch.arange(60), labels, None] >= likely).all(1))
+    assert 0 < enough.sum() < 60
 
 
 def rows_of(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from hf_spectral_dp import ClassCritic, MeanCritic, PrivacyCard
 from hf_spectral_dp.assessment import draw_images
 from hf_spectral_dp.pipeline_spectral import DPSpectralPipeline
 from hf_spectral_dp.released_files import hash_released
+from hf_spectral_dp.sampling import step
 from hf_spectral_dp.super_resolution import upscale
 
 
@@ -25,21 +26,43 @@ def critic(classes: int = 10) -> ClassCritic:
     return made
 
 
-def test_the_image_that_shows_its_label_likeliest_stays():
+def test_an_image_that_the_critic_takes_for_another_class_is_drawn_again():
+    """Against a loop over places; the last attempts are for those that still wait, the likeliest image stays there."""
     pipe = pipeline(scales=2, super_resolution=super_resolution(), critic=critic())
-    labels = torch.tensor([3, 3, 7, 0, 9, 1])
+    labels = torch.arange(40) % 10
     drawn = pipe(class_labels=labels, attempts=4, generator=seeded(), output_type="latent").images
-    generator, candidates = seeded(), []
+    generator, waiting, candidates = seeded(), list(range(40)), {place: [] for place in range(40)}
     for _ in range(4):
-        candidates.append(pipe.model.decode(pipe.model.sample(labels, generator=generator)))
-    chosen = []
-    for row, label in enumerate(labels.tolist()):
-        shown = torch.cat([upscale(pipe.super_resolution, images[row : row + 1]) for images in candidates])
+        coarse = pipe.model.decode(pipe.model.sample(labels[waiting], generator=generator))
         with torch.no_grad():
-            best = pipe.critic(shown).softmax(1)[:, label].argmax()
-        chosen.append(candidates[best][row])
-    assert torch.equal(drawn, torch.stack(chosen))
-    assert any(not torch.equal(image, candidates[0][row]) for row, image in enumerate(chosen))
+            likely = pipe.critic(upscale(pipe.super_resolution, coarse)).softmax(1)
+        for place, image, row in zip(waiting, coarse, likely, strict=True):
+            candidates[place].append((row[labels[place]].item(), row.argmax() == labels[place], image))
+        waiting = [place for place in waiting if not candidates[place][-1][1]]
+    for place, images in candidates.items():
+        likeliest = max(images, key=lambda found: found[0])
+        assert torch.equal(drawn[place], images[-1][2] if images[-1][1] else likeliest[2])
+    tries = [len(images) for images in candidates.values()]
+    assert 0 < len(waiting) < 40 and min(tries) == 1
+
+
+def test_small_batches_a_compiled_step_and_progress_are_for_a_critic_too(monkeypatch):
+    """Batches keep their size where another would be compiled anew; the images are as many, each for its label."""
+    pipe, sizes = pipeline(scales=2, super_resolution=super_resolution(), critic=critic()), []
+    sample = pipe.model.sample
+
+    def recorded(labels, count, **given):
+        sizes.append(count)
+        return sample(labels, count, **given)
+
+    monkeypatch.setattr(pipe.model, "sample", recorded)
+    asked = {"class_labels": torch.arange(10), "attempts": 3, "batch_size": 4, "output_type": "latent"}
+    assert len(pipe(**asked, generator=seeded()).images) == 10
+    assert sizes[:4] == [10, 4, 4, 2] and len(sizes) > 4  # the first checks the inputs
+    sizes.clear()
+    monkeypatch.setattr(pipe.model, "_compiled_step", step)
+    assert len(pipe(**asked, generator=seeded()).images) == 10
+    assert set(sizes[4:]) == {4}
 
 
 @pytest.mark.parametrize("given", [{"attempts": 1, "class_labels": [1, 2]}, {"num_images": 2}])
@@ -62,9 +85,11 @@ def test_a_critic_that_knows_no_classes_chooses_with_labels_and_without(tmp_path
     asked = {"num_images": 6} if labels is None else {"class_labels": labels}
     drawn = pipe(**asked, generator=seeded(), output_type="latent").images
     classes = None if labels is None else torch.tensor(labels)
-    generator = seeded()
-    candidates = [pipe.model.decode(pipe.model.sample(classes, 6, generator=generator)) for _ in range(4)]
-    best = pipe.critic.choose([upscale(pipe.super_resolution, images) for images in candidates], classes, generator)
+    generator, candidates, scores = seeded(), [], []
+    for _ in range(4):
+        candidates.append(pipe.model.decode(pipe.model.sample(classes, 6, generator=generator)))
+        scores.append(pipe.critic.judge(upscale(pipe.super_resolution, candidates[-1]), classes, generator)[0])
+    best = torch.stack(scores, 1).argmax(1)
     assert torch.equal(drawn, torch.stack([candidates[attempt][row] for row, attempt in enumerate(best.tolist())]))
     assert len(set(best.tolist())) > 1
     pipe.save_pretrained(tmp_path)

@@ -64,9 +64,9 @@ def test_of_the_attempts_the_one_stays_that_the_critic_likes_best(generator):
     class Bright:
         """Class 1 is bright, class 0 dark."""
 
-        def choose(self, candidates: list[torch.Tensor], labels: torch.Tensor, generator: object) -> torch.Tensor:
-            light = torch.stack([shown.mean((1, 2, 3)) for shown in candidates], 1)
-            return torch.where(labels == 1, light.argmax(1), light.argmin(1))
+        def judge(self, shown: torch.Tensor, labels: torch.Tensor, generator: object) -> tuple:
+            light = shown.mean((1, 2, 3)) * (2 * labels - 1)
+            return light, torch.zeros_like(light, dtype=torch.bool)
 
     labels = torch.arange(40) % 2
     plain = generator.sample(labels, torch.Generator().manual_seed(0)).mean((1, 2, 3))

@@ -3,13 +3,13 @@
 A few noisy sums over all private images cost little of a budget and say which class a picture looks like. What the
 critic then says of public photos, or of what the generator draws, is post-processing. So the public model can learn the
 private classes from public photos before private training begins (PrivImage, arXiv:2311.12850, chooses public classes
-by a private query), and the pipeline can keep those of its images that look most like their class.
+by a private query), and the pipeline can draw again what does not look like its class.
 
 That critic is trained on images as the generator makes them: through codec and super-resolution, not the originals.
 `mean_critic.MeanCritic` chooses among what the generator draws by another knowledge, for images without classes, too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -77,17 +77,64 @@ class Critic(HubModel, PreTrainedModel):
         """Features (B, D) of images (B, 1 or 3, H, W) in [-1, 1], as the public network sees them."""
         return self.network.features(pixel_values)
 
-    def choose(
-        self, candidates: Sequence[Tensor], labels: Tensor | None, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """Which of several images is kept: indices (B,) into `candidates`, on the critic's device.
+    def judge(
+        self, images: Tensor, labels: Tensor | None, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What the critic makes of images: scores (B,), the highest stays; and (B,), whether it needs to see no other.
 
         Args:
-            candidates: images (B, C, H, W) in [-1, 1], at least one of each.
+            images: (B, C, H, W) in [-1, 1].
             labels: class (B,) that they were drawn for; None without, where the critic knows no classes.
-            generator: of random choices.
+            generator: of what is random.
         """
         raise NotImplementedError
+
+
+@torch.no_grad()
+def draw_by_choice(
+    critic: Critic,
+    draw: Callable[[Tensor, int], tuple[Tensor, Tensor]],
+    labels: Tensor | None,
+    count: int,
+    attempts: int,
+    batch_size: int,
+    generator: torch.Generator | None = None,
+    on_kept: Callable[[int], object] = lambda number: None,
+) -> Tensor:
+    """Images as a critic chooses them: in every place the first that it needs no other beside, or else the best.
+
+    Post-processing of the releases of generator and critic; no private image is looked at.
+
+    Args:
+        draw: an image for each of those places (LongTensor of `batch_size` at most) at the attempt of that number, from
+            0: what is to be returned (B, ...), and how the critic sees it (B, C, H, W) in [-1, 1].
+        labels: class (count,) of every place; None without.
+        attempts: images drawn for a place at most.
+        generator: of the critic's own chances.
+        on_kept: called with the number of places that are settled, as they become so.
+
+    Returns:
+        What `draw` returned of the images that stay, (count, ...).
+    """
+    waiting, best, kept = torch.arange(count), torch.full((count,), -torch.inf), torch.empty(0)
+    for attempt in range(attempts):
+        still = []
+        for places in waiting.split(batch_size):
+            images, shown = draw(places, attempt)
+            scores, enough = (
+                value.cpu() for value in critic.judge(shown, None if labels is None else labels[places], generator)
+            )
+            if len(kept) < count:
+                kept = images.new_empty(count, *images.shape[1:])
+            better = enough | (scores > best[places]) | (attempt == 0)  # the first even where its score is no number
+            kept[places[better]] = images[better.to(images.device)]
+            best[places[better]] = scores[better].to(best.dtype)
+            still.append(places[~enough])
+            on_kept(len(places) if attempt + 1 == attempts else int(enough.sum()))
+        waiting = torch.cat(still)
+        if not len(waiting):
+            break
+    return kept
 
 
 def check_critic(critic: Any, num_classes: int) -> None:
@@ -179,14 +226,18 @@ class ClassCritic(Critic):
         return self.classify(features).softmax(1).topk(count, dim=0).indices.T
 
     @torch.no_grad()
-    def choose(
-        self, candidates: Sequence[Tensor], labels: Tensor | None, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """The image that shows its label likeliest; nothing is random. Arguments as in `Critic.choose`."""
+    def judge(
+        self, images: Tensor, labels: Tensor | None, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """How likely images show their label, and whether no class is likelier. Nothing is random.
+
+        So an image that the critic takes for its class stays, and not the one that shows it likeliest: among those the
+        images would be alike, and classifiers learn less from them.
+        """
         assert labels is not None
-        likely = [self(images.to(self.device)).log_softmax(1) for images in candidates]
-        asked = labels.to(likely[0].device)[:, None]  # where the critic went, if it is offloaded
-        return torch.cat([some.gather(1, asked) for some in likely], 1).argmax(1)
+        logits = self(images.to(self.device))
+        asked = labels.to(logits.device)  # where the critic went, if it is offloaded
+        return logits.log_softmax(1).gather(1, asked[:, None])[:, 0], logits.argmax(1) == asked
 
 
-__all__ = ["ClassCritic", "Critic", "CriticConfig", "check_critic"]
+__all__ = ["ClassCritic", "Critic", "CriticConfig", "check_critic", "draw_by_choice"]

@@ -9,7 +9,6 @@ dual of the smallest change of the generator's law that does so).
 """
 
 import warnings
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -104,14 +103,18 @@ class MeanCritic(Critic, PreTrainedModel):  # diffusers loads components whose m
         return _exponent(F.normalize(features.double().cpu(), dim=2), mean, ridge)
 
     @torch.no_grad()
-    def choose(
-        self, candidates: Sequence[Tensor], labels: Tensor | None, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """One image at random, by the odds of `forward`. Arguments as in `Critic.choose`; labels do not matter."""
-        odds = torch.stack([self(images.to(self.device)) for images in candidates], 1)  # (B, M)
+    def judge(
+        self, images: Tensor, labels: Tensor | None, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Scores of which the highest is that of one image at random, by the odds of `forward`; it needs to see all.
+
+        Arguments as in `Critic.judge`; labels do not matter.
+        """
+        odds = self(images.to(self.device))
         device = self.device if generator is None else generator.device
         waiting = torch.empty(odds.shape, device=device).exponential_(generator=generator).log()
-        return (odds - waiting.to(odds.device)).argmax(1)  # the first of competing exponential clocks
+        # The first of competing exponential clocks is the one of these odds (Gumbel's maximum).
+        return odds - waiting.to(odds.device), torch.zeros_like(odds, dtype=torch.bool)
 
 
 def _exponent(drawn: Tensor, mean: Tensor, ridge: float) -> Tensor:

@@ -9,6 +9,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -20,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .configuration_spectral import SpectralConfig
-from .critic import Critic, check_critic
+from .critic import Critic, check_critic, draw_by_choice
 from .image_processing_spectral import SpectralImageProcessor
 from .mean_critic import MeanCritic  # noqa: F401  diffusers loads only what was imported
 from .modeling_spectral import SpectralTokenizerForCausalLM
@@ -288,11 +289,13 @@ class DPSpectralPipeline(DiffusionPipeline):
                 "tokens" (B, timestep) of one batch: `pipeline.model.decode(tokens)` shows the image growing.
             negative_prompt: what the images should not show; one for all prompts, or one each. Needs guidance.
             num_images_per_prompt: `num_images`, by the name that diffusers has for it.
-            attempts: above 1, with a critic: so many images are drawn for each, and the one stays that the critic
-                chooses. Without: images that the model itself takes for another class are drawn again,
-                see `SpectralTokenizerForCausalLM.sample`. Labels are then right more often, and what lies between two
-                classes is rarer than the model knows it to be. None takes the saved value (with `num_scales`, or
-                without labels unless a critic knows no classes, there is no telling, and it is 1).
+            attempts: above 1, with a critic of classes: images that it takes for another class than theirs are drawn
+                again, up to so many times in all; then the one stays that shows its class likeliest. With a critic of
+                the mean so many are drawn for each, and it keeps one. Without: images that the model itself takes for
+                another class are drawn again, see `SpectralTokenizerForCausalLM.sample`. Labels are then right more
+                often, and what lies between two classes is rarer than the model knows it to be. None takes the saved
+                value (with `num_scales`, or without labels unless a critic knows no classes, there is no telling, and
+                it is 1).
 
         Returns:
             `ImagePipelineOutput` with `images`.
@@ -388,23 +391,26 @@ class DPSpectralPipeline(DiffusionPipeline):
             sampling["attempts"] = 1
 
         # 2. Sample tokens, coarse to fine, and decode them.
-        batches = []
+        def draw(places: Tensor, attempt: int = 0) -> Tensor:
+            return self.model.decode(
+                self.model.sample(
+                    None if labels is None else labels[places], len(places), generator=generator, num_tokens=length,
+                    on_scale_end=None if attempt else on_scale_end,
+                    **{name: states[places] for name, states in texts.items()}, **sampling,
+                )
+            )  # fmt: skip
+
         with self.progress_bar(total=total) as progress:
-            for start in range(0, total, batch_size):
-                count = min(batch_size, total - start)
-                chosen = None if labels is None else labels[start : start + count]
-                some = {name: states[start : start + count] for name, states in texts.items()} | sampling
-                candidates = [
-                    self.model.decode(
-                        self.model.sample(
-                            chosen, count, generator=generator, num_tokens=length,
-                            on_scale_end=None if attempt else on_scale_end, **some,
-                        )
-                    )
-                    for attempt in range(attempts if chosen_by_critic else 1)
-                ]  # fmt: skip
-                batches.append(self._chosen(candidates, chosen, generator))
-                progress.update(count)
+            if chosen_by_critic:
+                both = partial(self._both_sizes, draw, min(batch_size, total))
+                critic, count = self.critic, progress.update
+                coarse = draw_by_choice(critic, both, labels, total, attempts, batch_size, generator, on_kept=count)
+                batches = list(coarse.split(batch_size))
+            else:
+                batches = []
+                for places in torch.arange(total).split(batch_size):
+                    batches.append(draw(places))
+                    progress.update(len(places))
 
         # 3. Add the detail. All batches are sampled by now, so that offloading moves each model once.
         if enlarge is not None:
@@ -417,16 +423,13 @@ class DPSpectralPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _chosen(
-        self, candidates: list[Tensor], labels: Tensor | None, generator: torch.Generator | None
-    ) -> Tensor:
-        """Of several coarse images (B, C, s, s) in every place, the one that the critic chooses at full size."""
-        if len(candidates) == 1:
-            return candidates[0]
-        size = self.model.config.image_size
-        shown = [upscale_to(size, self.super_resolution, images, **self._tiling) for images in candidates]
-        best = self.critic.choose(shown, labels, generator)
-        return torch.stack(candidates, 1)[torch.arange(len(best), device=best.device), best]
+    def _both_sizes(
+        self, draw: Callable[[Tensor, int], Tensor], batch: int, places: Tensor, attempt: int
+    ) -> tuple[Tensor, Tensor]:
+        """Coarse images of those places, and as they are at full size, with the pipeline's own detail."""
+        again = -(-batch // len(places)) if self.model._compiled_step else 1  # another size would be compiled anew
+        coarse = draw(places.repeat(again)[:batch], attempt)[: len(places)]
+        return coarse, upscale_to(self.model.config.image_size, self.super_resolution, coarse, **self._tiling)
 
     def _encode_prompts(self, prompt: Any, negative_prompt: Any, num_images: int) -> dict[str, Tensor]:
         """Text states (prompts * num_images, K, text_width) of prompts and negative prompts, as `sample` takes them."""
