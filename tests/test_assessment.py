@@ -18,6 +18,9 @@ from hf_spectral_dp import (
 )
 from hf_spectral_dp import assessment as assessment_module
 from hf_spectral_dp.assessment import Assessment, assess, for_the_card
+from hf_spectral_dp.metrics.membership import auroc_limit, auroc_limit_of
+from hf_spectral_dp.privacy.budget import event_from_dict
+from hf_spectral_dp.privacy.consequences import privacy_pairs
 from hf_spectral_dp.real_images import RealImages, read_real_images
 from hf_spectral_dp.report import render_report
 from hf_spectral_dp.super_resolution import SpectralSuperResolution, SpectralSuperResolutionConfig
@@ -127,6 +130,11 @@ def test_the_card_takes_the_figures_with_their_marks(owners, strangers):
     assert {row["dataset"] for row in card["utility"]} == {"held out", before["utility"][0]["dataset"]}
     attacks = [row for row in card["audit"] if row["verdict"] == "evidence only"]
     assert len(attacks) == 1 + 5 and all("not a guarantee" in row["note"] for row in attacks)
+    event, claim = event_from_dict(before["accounting"]["event"]), before["claim"]
+    limit = auroc_limit_of(privacy_pairs(event, before["adjacency"]["relation"]))  # as the page has it
+    limits = [row["claimed"] for row in attacks if row["quantity"] == "AUROC"]
+    assert len(limits) == 5 and all(abs(found - limit) < 1e-4 for found in limits)
+    assert 0.5 < limit < auroc_limit(claim["epsilon"], claim["delta"])  # one pair says less than all
     looks = [access["what"] for access in card["data_accesses"] if not access["accounted"]]
     assert sum("held out" in what for what in looks) == 2 and not any("pictures" in what for what in looks)
     assert PrivacyCard(for_the_card(owners, card)).report == card  # once more changes nothing

@@ -81,11 +81,11 @@ def test_the_floor_is_that_of_sets_of_the_same_sizes(tiny):
 
     floors, fresh = [], []
     for seed in range(12):
-        real, generated, other = noise(600, 3 * seed), noise(300, 3 * seed + 1), noise(600, 3 * seed + 2)
+        real, generated, other = noise(600, 3 * seed), noise(100, 3 * seed + 1), noise(600, 3 * seed + 2)
         floors.append(evaluate_images(real, generated, tiny, resamples=20, reservoir=50)[0]["floor"])
         fresh.append(frechet_distance(tiny(other), tiny(generated)))
     error = (np.var(floors) / 12 + np.var(fresh) / 12) ** 0.5
-    assert abs(np.mean(floors) - np.mean(fresh)) < 4 * error < np.mean(fresh)
+    assert abs(np.mean(floors) - np.mean(fresh)) < 4 * error < 0.4 * np.mean(fresh)  # the scale is 1.75, not 1
 
 
 def test_too_few_for_a_covariance_is_said_and_the_rest_is_measured(tiny):

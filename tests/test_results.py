@@ -1,8 +1,25 @@
 """RESULTS.md says what the JSON files say."""
 
 import json
+import runpy
+import sys
+
+import pytest
 
 from benchmarks import results
+
+SCRIPTS = [path.stem for path in sorted(results.HERE.glob("*.py")) if "def main()" in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_benchmark_starts_and_explains_itself(script, monkeypatch, capsys):
+    """All that it imports is there, also where no test runs it."""
+    if script == "mutants":
+        pytest.skip("it must not find the package imported")
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(results.HERE / f"{script}.py"), run_name="__main__")
+    assert ended.value.code == 0 and "usage:" in capsys.readouterr().out
 
 
 def test_results_are_rendered_from_their_sources():

@@ -261,20 +261,6 @@ def test_a_ledger_is_never_ignored(tmp_path):
         DPTrainer(tiny_model(), arguments(tmp_path, **args), Rows()).train(resume_from_checkpoint=True)
 
 
-def test_interpolation_returns_part_of_the_way_to_the_public_weights(tmp_path):
-    public = tiny_model()
-    trainer = DPTrainer(tiny_model(), arguments(tmp_path, public_interpolation=0.25), Rows())
-    seen = {}
-    follow = trainer._postprocess
-    trainer._postprocess = lambda: (
-        seen.update({name: p.detach().clone() for name, p in trainer.model.named_parameters()}), follow()
-    )  # fmt: skip
-    trainer.train()
-    for (name, after), before in zip(trainer.model.named_parameters(), public.parameters(), strict=True):
-        torch.testing.assert_close(after.detach(), before + 0.25 * (seen[name] - before))
-    assert any("0.25" in stage["name"] for stage in trainer.privacy_report()["stages"])
-
-
 def test_average_by_hand(tmp_path):
     trainer = DPTrainer(tiny_model(), arguments(tmp_path, ema_decay=0.9), Rows())
     expected = tiny_model().lm_head.weight.detach().clone()
@@ -318,13 +304,16 @@ def test_adapters_that_the_user_put_in_are_reported(tmp_path):
         ({"clipping_norm": -1.0}, "clipping_norm=-1.0"),
         ({"micro_batch_size": 0}, "micro_batch_size=0"),
         ({"ema_decay": 1.0}, "ema_decay=1.0"),
-        ({"public_interpolation": 0.0}, "public_interpolation=0.0"),
         ({"scale_weights": [1.0, -0.5, 0.0]}, r"scale_weights=\[1.0, -0.5, 0.0\] must be finite, at least 0"),
         ({"scale_weights": []}, r"scale_weights=\[\] must be"),
         ({"lora_rank": -1}, "lora_rank=-1"),
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps=2"),
         ({"eval_strategy": "steps", "eval_steps": 1}, "do_eval=True"),
         ({"push_to_hub": True}, "push_to_hub=True"),
+        ({"fp16": True}, "fp16=True"),
+        ({"load_best_model_at_end": True, "save_strategy": "steps", "eval_strategy": "steps"}, "load_best_model"),
+        ({"save_on_each_node": True}, "save_on_each_node=True"),
+        ({"fsdp": "full_shard"}, "deepspeed and fsdp are not supported"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size=True"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1"),
         ({"debug": "underflow_overflow"}, "debug=.*what layers make of private rows"),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .metrics.evaluation import Row, evaluate_images
 from .metrics.features import FeatureExtractor
-from .metrics.membership import MembershipResult, auroc_limit, membership_inference
+from .metrics.membership import MembershipResult, auroc_limit_of, membership_inference
 from .metrics.memorisation import (
     EVIDENCE,
     CopyingResult,
@@ -28,6 +28,8 @@ from .metrics.memorisation import (
 from .metrics.utility import UtilityResult, check_selection, classifier_utility
 from .modeling_spectral import SpectralTokenizerForCausalLM
 from .pipeline_spectral import SAMPLING_VALUES, DPSpectralPipeline
+from .privacy.budget import event_from_dict
+from .privacy.consequences import privacy_pairs
 from .real_images import RealImages
 from .super_resolution import upscale_to
 
@@ -409,7 +411,7 @@ def for_the_card(assessment: Assessment, report: Mapping[str, Any]) -> dict[str,
     ]
     spent = [look for look in looks if _SPENT in look["what"]]  # as often as it was spent
     looks = [look for look in looks if _SPENT not in look["what"]]
-    audit = _audit_rows(assessment, report["claim"])
+    audit = _audit_rows(assessment, report)
     return {
         **report,
         "utility": _joined(report["utility"], utility, ("dataset", "metric")),
@@ -427,7 +429,7 @@ def _joined(old: list[dict[str, Any]], new: list[dict[str, Any]], names: tuple[s
     return [row for row in old if tuple(row[name] for name in names) not in keys] + new
 
 
-def _audit_rows(assessment: Assessment, claim: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _audit_rows(assessment: Assessment, report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The search for copies, with copies put in as its control; attacks on tokens only where a twin is theirs."""
     rows = []
     for name, leak in assessment.leakage.items():
@@ -452,7 +454,8 @@ def _audit_rows(assessment: Assessment, claim: Mapping[str, Any]) -> list[dict[s
         twin = assessment.leakage.get("without privacy")
         if twin is None:
             continue
-        limit = _short(auroc_limit(claim["epsilon"], claim["delta"]))
+        event = event_from_dict(report["accounting"]["event"])
+        limit = _short(auroc_limit_of(privacy_pairs(event, report["adjacency"]["relation"])))
         pairs = list(zip(leak.membership, twin.membership, strict=True))
         pairs.append((leak.extraction.attack, twin.extraction.attack))
         for result, control_result in pairs:

@@ -21,14 +21,14 @@ from . import plots
 from .assessment import Assessment
 from .metrics.membership import auroc_limit_of
 from .metrics.memorisation import EVIDENCE, FLAG
-from .privacy.budget import deltas_of, event_from_dict
+from .privacy.budget import event_from_dict
+from .privacy.consequences import privacy_pairs
 from .privacy_report import installed_version
 from .whole_files import replace_files
 
 PAGE_NAME = "index.html"
 FIGURES_NAME = "assessment.json"
 
-_EPSILONS = [0.05 * step for step in range(401)]  # where the bound of the attacks is looked for
 _METRICS = {
     "frechet_distance": ("Fréchet distance", "how far mean and spread of the features lie apart, as in FID"),
     "kernel_distance": ("Kernel distance", "the same without assuming a bell curve, as in KID"),
@@ -86,8 +86,7 @@ def render_report(assessment: Assessment, card: Mapping[str, Any] | None, name: 
     svg["shares"] = plots.shares(shares) if shares else ""
     limit = None
     if card is not None:
-        deltas = deltas_of(event_from_dict(card["accounting"]["event"]), _EPSILONS, card["adjacency"]["relation"])
-        bounds = list(zip(_EPSILONS, deltas, strict=True))
+        bounds = privacy_pairs(event_from_dict(card["accounting"]["event"]), card["adjacency"]["relation"])
         limit = auroc_limit_of(bounds)
         svg["attack"] = plots.attack_curve(bounds, _best_attacks(assessment))
         svg["profile"] = plots.profile(card["claim"]["profile"])

@@ -123,8 +123,8 @@ class DPTrainer(QuietTrainer):
         if args.world_size > 1:  # adapters begin at random: all processes begin with those of the first
             for parameter in self._clipper.parameters.values():
                 dist.broadcast(parameter.detach(), 0)
-        self._public = {name: parameter.detach().clone() for name, parameter in self._clipper.parameters.items()}
-        self._average = {name: value.float().clone() for name, value in self._public.items()} if args.ema_decay else {}
+        averaged = self._clipper.parameters if args.ema_decay else {}
+        self._average = {name: parameter.detach().float().clone() for name, parameter in averaged.items()}
         self._mechanism = NoisyClippedMean(
             self._clipper, self.plan.noise_multiplier, self.plan.expected_batch_size, args.micro_batch_size,
             args.process_index, args.world_size, self.args.device, args.secure_mode,
@@ -143,7 +143,7 @@ class DPTrainer(QuietTrainer):
     # -- the loop's hooks ----------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
-        """Trains, then applies `ema_decay` and `public_interpolation` to the weights of `self.model`.
+        """Trains, then gives `self.model` the averaged weights, if `ema_decay` asks for an average.
 
         The model's config names the run from its first charge on, in `private_runs`, by the head of its ledger: whoever
         releases the model, or what was made with it, needs a card that counts it. A checkpoint names the run as it then
@@ -365,10 +365,8 @@ class DPTrainer(QuietTrainer):
 
     @torch.no_grad()
     def _postprocess(self) -> None:
-        for name, parameter in self._clipper.parameters.items():
-            public = self._public[name].float()
-            trained = self._average[name] if self._average else parameter.float()
-            parameter.copy_(public.lerp(trained, self.args.public_interpolation))  # 1 gives `trained` to the bit
+        for name, average in self._average.items():
+            self._clipper.parameters[name].copy_(average)
 
     # -- results -------------------------------------------------------------------------------------------------
 
@@ -394,8 +392,6 @@ class DPTrainer(QuietTrainer):
         args, post_processing = self.args, []
         if args.ema_decay:
             post_processing.append(f"exponential moving average of the weights, decay {args.ema_decay:g}")
-        if args.public_interpolation != 1:
-            post_processing.append(f"public weights + {args.public_interpolation:g} * (trained - public weights)")
         return run_report(
             self.plan,
             self._charged,

@@ -92,10 +92,6 @@ class DPTrainingArguments(TrainingArguments):
     ema_decay: float = field(
         default=0.0, metadata={"help": "Decay of an exponential moving average of the weights; 0 is none. Free."}
     )
-    public_interpolation: float = field(
-        default=1.0,
-        metadata={"help": "a in public + a * (trained - public), applied to the final weights; 1 keeps them. Free."},
-    )
     lora_rank: int = field(
         default=0, metadata={"help": "Train low-rank adapters of this rank on all linear layers (PEFT); 0 trains all."}
     )
@@ -152,10 +148,6 @@ class DPTrainingArguments(TrainingArguments):
             raise ValueError(f"scale_weights={self.scale_weights} must be finite, at least 0, and not all 0.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay} must be in [0, 1); 0 switches averaging off.")
-        if not 0 < self.public_interpolation <= 1:
-            raise ValueError(
-                f"public_interpolation={self.public_interpolation} must be in (0, 1]; 1 keeps the trained weights."
-            )
         if self.lora_rank < 0:
             raise ValueError(f"lora_rank={self.lora_rank} must be 0 (train all weights) or positive.")
         self.refuse_what_breaks_the_guarantee()

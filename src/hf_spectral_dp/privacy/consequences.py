@@ -7,6 +7,8 @@ All figures are proven upper bounds, rounded up. They follow from the same event
 import math
 from typing import Any
 
+from dp_accounting.dp_event import DpEvent
+
 from .budget import PrivacyPlan, deltas_of, epsilon_of, gaussian_epsilon, round_up
 
 FALSE_POSITIVE_RATES = (0.01, 0.001)
@@ -35,6 +37,11 @@ def _moved(plan: PrivacyPlan) -> int:
     return 2 if plan.sampling == "truncated_poisson" else 1
 
 
+def privacy_pairs(event: DpEvent, adjacency: str) -> list[tuple[float, float]]:
+    """Pairs (epsilon, delta) that the event satisfies, all at once: for epsilon 0 to 20, delta rounded up."""
+    return list(zip(_EPSILONS, deltas_of(event, _EPSILONS, adjacency), strict=True))
+
+
 def attack_bounds(plan: PrivacyPlan, steps: int | None = None) -> dict[str, Any]:
     """How well any attack can tell whether one unit was in the data, if it knows all the others.
 
@@ -46,12 +53,11 @@ def attack_bounds(plan: PrivacyPlan, steps: int | None = None) -> dict[str, Any]
         {"advantage": largest true minus false positive rate,
         "true_positive_rates": [{"false_positive_rate", "true_positive_rate"}, ...]}, all in [0, 1].
     """
-    deltas = deltas_of(plan.event(steps), _EPSILONS, plan.adjacency)
-    rates = []
+    pairs, rates = privacy_pairs(plan.event(steps), plan.adjacency), []
     for rate in FALSE_POSITIVE_RATES:
-        bound = min(math.exp(epsilon) * rate + delta for epsilon, delta in zip(_EPSILONS, deltas, strict=True))
+        bound = min(math.exp(epsilon) * rate + delta for epsilon, delta in pairs)
         rates.append({"false_positive_rate": rate, "true_positive_rate": min(1.0, round_up(bound))})
-    return {"advantage": min(1.0, round_up(deltas[0])), "true_positive_rates": rates}
+    return {"advantage": min(1.0, round_up(pairs[0][1])), "true_positive_rates": rates}
 
 
 def group_epsilons(plan: PrivacyPlan, steps: int | None = None) -> list[dict[str, Any]]:
@@ -85,4 +91,4 @@ def _group_delta(units: int, epsilon: float, delta: float) -> float:
     return delta * math.expm1(units * epsilon) / math.expm1(epsilon)
 
 
-__all__ = ["FALSE_POSITIVE_RATES", "GROUP_SIZES", "attack_bounds", "gaussian_dp", "group_epsilons"]
+__all__ = ["FALSE_POSITIVE_RATES", "GROUP_SIZES", "attack_bounds", "gaussian_dp", "group_epsilons", "privacy_pairs"]
