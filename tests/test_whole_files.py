@@ -1,10 +1,11 @@
 """Files are replaced as a whole, all of them or none, whatever fails and wherever a process was killed."""
 
 import os
+from pathlib import Path
 
 import pytest
 
-from hf_spectral_dp.whole_files import new_folder, replace_files
+from hf_spectral_dp.whole_files import new_folder, put_in_place, replace_files
 
 
 @pytest.mark.parametrize("failing", [1, 2])
@@ -50,3 +51,23 @@ def test_a_folder_is_there_only_when_all_its_files_are(tmp_path):
     new_folder(folder, written)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*"))] == ["part", "part/weights"]
+
+
+def test_a_folder_that_cannot_be_replaced_is_back_in_its_place(tmp_path, monkeypatch):
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_bytes(b"")
+    rename = Path.rename
+
+    def failing(path, target):
+        if path.name == "new":
+            raise OSError("read-only")
+        return rename(path, target)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "rename", failing)
+        with pytest.raises(OSError, match="read-only"):
+            put_in_place(tmp_path / "new", tmp_path / "old")
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("*/*")) == ["new/new", "old/old"]
+    put_in_place(tmp_path / "new", tmp_path / "old")
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["old", "old/new"]

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .whole_files import sync
+from .whole_files import put_in_place, sync
 
 logger = logging.getLogger(__name__)
 
@@ -71,18 +71,9 @@ def publish(staged: Path, target: Path, *, ledger_head: str, charged: int) -> No
         os.fsync(file.fileno())
     for folder in (*(path for path in staged.rglob("*") if path.is_dir()), staged):
         sync(folder)
-    # A run resumed from an earlier checkpoint may come by the same step again. Were it killed between these two
-    # renames, that earlier checkpoint, whole and with a smaller number, would still be in place.
-    replaced = staged.with_name("replaced")
-    if target.exists():
-        target.rename(replaced)
-    try:
-        staged.rename(target)
-    except BaseException:
-        if replaced.exists():
-            replaced.rename(target)
-        raise
-    sync(target.parent)
+    # A run resumed from an earlier checkpoint may come by the same step again. Were it killed between the two renames
+    # that replace a folder, that earlier checkpoint, whole and with a smaller number, would still be in place.
+    put_in_place(staged, target)
 
 
 def verify(checkpoint: Path) -> dict[str, Any]:

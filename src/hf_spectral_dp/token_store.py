@@ -12,7 +12,6 @@ Tokens are as sensitive as the images they come from: the codec decodes them. Ke
 import hashlib
 import json
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -33,7 +32,7 @@ from .privacy.units import FirstRows
 from .row_file import RowFile
 from .text_encoder import check_text_encoder
 from .views import Views
-from .whole_files import sync
+from .whole_files import put_in_place, sync
 
 logger = logging.getLogger(__name__)
 
@@ -442,14 +441,7 @@ def _publish(scratch: Path, folder: Path) -> None:
     """Makes the complete store appear under its name, durably and at once."""
     for path in (*scratch.iterdir(), scratch):
         sync(path)
-    if folder.exists():
-        retired = scratch.with_name(scratch.name + "-old")
-        os.replace(folder, retired)
-        os.replace(scratch, folder)
-        shutil.rmtree(retired, ignore_errors=True)
-    else:
-        os.replace(scratch, folder)
-    sync(folder.parent)
+    put_in_place(scratch, folder)
 
 
 def _rows(chunk: Any, views: int, row_length: int) -> np.ndarray:

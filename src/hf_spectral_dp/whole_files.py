@@ -45,8 +45,28 @@ def new_folder(folder: Path, write: Callable[[Path], Any]) -> None:
     write(scratch)
     for path in (*scratch.rglob("*"), scratch):
         sync(path)
-    scratch.rename(folder)
-    sync(folder.parent)
+    put_in_place(scratch, folder)
+
+
+def put_in_place(staged: Path, target: Path) -> None:
+    """Renames a folder, whose files are on the disk, to `target` on the same file system; what was there goes.
+
+    Once this returns, it outlives a power failure.
+
+    Raises:
+        OSError: some call failed. `target` is then what it was before, or whole.
+    """
+    replaced = staged.with_name(f"{staged.name}-replaced")
+    if target.exists():
+        target.rename(replaced)
+    try:
+        staged.rename(target)
+    except BaseException:
+        if replaced.exists():
+            replaced.rename(target)
+        raise
+    sync(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def sync(path: Path) -> None:
@@ -58,4 +78,4 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-__all__ = ["new_folder", "replace_files", "sync"]
+__all__ = ["new_folder", "put_in_place", "replace_files", "sync"]
