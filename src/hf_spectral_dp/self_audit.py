@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback
 
 from .configuration_spectral import SpectralConfig
+from .feature_rows import RowsInMemory
 from .metrics.membership import MembershipResult, auroc_limit, membership_inference
 from .modeling_spectral import SpectralTokenizerForCausalLM
 from .privacy.audit import mechanism_audit, one_run_lower_bound
@@ -40,21 +41,6 @@ def _random_rows(model: SpectralTokenizerForCausalLM, count: int) -> Tensor:
         scale = layout.scales[index]
         columns.append(torch.randint(scale.codes, (count,)) + scale.first_id)
     return torch.stack(columns, 1)
-
-
-class _Rows:
-    """Rows as `DPTrainer` wants them."""
-
-    fingerprint = "made by the audit"
-
-    def __init__(self, rows: Tensor):
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, indices: Any) -> dict[str, Tensor]:
-        return {"input_ids": self._rows[torch.as_tensor(indices, dtype=torch.long)]}
 
 
 class _WithCanaries(nn.Module):
@@ -91,7 +77,7 @@ def _train(model: Any, rows: Tensor, epsilon: float, noise: bool, device: str, *
             save_strategy="no", logging_strategy="no", use_cpu=device == "cpu", lr_scheduler_type="constant",
             **arguments,
         )  # fmt: skip
-        trainer = DPTrainer(model, args, _Rows(rows))
+        trainer = DPTrainer(model, args, RowsInMemory(rows))
         trainer.remove_callback(PrinterCallback)
         if not noise:
             trainer._mechanism.noise.standard_deviation = 0.0
