@@ -1,6 +1,8 @@
 """The batches of DPTrainer: plan, sampler and card agree, persons are units, a stream is used once per pass."""
 
 import collections
+import dataclasses
+import random
 
 import numpy as np
 import pytest
@@ -50,6 +52,44 @@ def sums_of(trainer: DPTrainer) -> list[torch.Tensor]:
     trainer._noise.add_ = lambda tensors: sums.append(torch.cat([t.flatten().double() for t in tensors]))
     trainer.train()
     return sums
+
+
+class Augmented(Rows):
+    """Draws coins of all three libraries for every row, as random augmentation does; keeps those of the last batch."""
+
+    fingerprint = "augmented"
+
+    def __getitem__(self, indices):
+        rows = [self.rows[index] for index in torch.as_tensor(indices).tolist()]
+        coins = [(float(torch.rand(())), np.random.rand(), random.random()) for _ in rows]
+        self.coins = torch.tensor(coins).reshape(-1, 3)
+        return {"input_ids": torch.stack(rows) if rows else self.rows[:0]}
+
+
+@pytest.mark.parametrize("sampling", ["poisson", "single_pass"])
+def test_what_a_data_set_draws_is_secret(sampling):
+    """Under one public seed two runs augment otherwise, so that one row less does not move the coins of all others."""
+    plan = PrivacyPlan(
+        num_examples=20, sampling_rate=0.5, steps=2, noise_multiplier=1.0, target_epsilon=8.0, delta=1e-3,
+        sampling=sampling,
+    )  # fmt: skip
+    coins = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        np.random.seed(3)
+        random.seed(3)
+        data, drawn = Augmented(20), []
+        if sampling == "single_pass":
+            source = ((drawn.append((float(torch.rand(())), np.random.rand(), random.random())), {"input_ids": row})[1]
+                      for row in data.rows)  # fmt: skip
+            next(iter(BatchLoader(source, dataclasses.replace(plan, steps=1), 0, 1, lambda: 0)))
+            coins.append(torch.tensor(drawn))
+        else:
+            next(iter(BatchLoader(data, plan, 0, 1, lambda: 0)))
+            coins.append(data.coins)
+        assert float(torch.rand(())) == float(torch.rand(1, generator=torch.Generator().manual_seed(3)))
+    count = min(map(len, coins))
+    assert count > 0 and (coins[0][:count] != coins[1][:count]).all()
 
 
 # -- no sampler without a proof --------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from hf_spectral_dp.privacy.budget import (
     PrivacyBudget,
     PrivacyPlan,
     default_delta,
+    deltas_of,
     epsilon_of,
     event_from_dict,
     event_to_dict,
@@ -205,6 +206,20 @@ def test_one_unsampled_gaussian_has_its_closed_form(noise_multiplier):
         return math.erfc(-x / math.sqrt(2)) / 2
 
     assert phi(m / 2 - epsilon / m) - math.exp(epsilon) * phi(-m / 2 - epsilon / m) <= 1e-5
+
+
+@pytest.mark.parametrize("delta, steps", [(1e-10, 30_000), (1e-11, 10_000), (1e-12, 1_000), (1e-14, 10)])
+def test_rounding_errors_of_many_sums_are_counted_where_delta_is_tiny(delta, steps):
+    """Sums over all rows are one Gaussian, whose epsilon is known; the transforms of PLD alone fall short of it."""
+    plan = PrivacyBudget(8.0, delta).calibrate(num_examples=10**6, sampling_rate=1.0, steps=steps)
+    exact = gaussian_epsilon(plan.noise_multiplier / math.sqrt(steps), delta)
+    assert exact <= plan.epsilon() <= 8 and plan.epsilon() < exact + 0.1
+    assert deltas_of(plan.event(), [exact])[0] >= 0.999 * delta
+
+
+def test_a_delta_below_the_rounding_errors_is_refused():
+    with pytest.raises(ValueError, match=r"delta=1e-14 is too small .* after 10000 noisy sums.* at least 4.4e-12"):
+        PrivacyBudget(8.0, 1e-14).calibrate(num_examples=10**6, sampling_rate=1.0, steps=10_000)
 
 
 def test_epsilon_grows_with_steps_and_shrinks_with_noise():

@@ -235,6 +235,12 @@ def test_caption_files_that_belong_to_nothing_are_refused(tmp_path):
         load_images(images, "test", caption_files=text)
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         load_images(images, "train", caption_files=str(tmp_path / "nowhere"))
+    (tmp_path / "images" / "again").mkdir()
+    (tmp_path / "text" / "0.txt").write_text("one")
+    pictures(1)[0].save(tmp_path / "images" / "again" / "0.png")
+    with pytest.raises(ValueError, match="several images in .* are called '0'.*one would show another's"):
+        load_images(images, "train", caption_files=text)
+    (tmp_path / "images" / "again" / "0.png").unlink()
     (tmp_path / "other.json").write_text('{"captions": []}')
     with pytest.raises(ValueError, match="does not hold COCO's captions.*images"):
         load_images(images, "train", caption_files=str(tmp_path / "other.json"))

@@ -27,7 +27,7 @@ def test_verify_prints_the_guarantee_and_every_check(folder, capsys):
     assert lines == [card.guarantee, *(f"[ok] {name}" for name in card.checks(folder))]
 
 
-@pytest.mark.parametrize("harm", ["epsilon", "weights", "readme"])
+@pytest.mark.parametrize("harm", ["epsilon", "weights", "readme", "link", "hidden"])
 def test_verify_fails_on_any_contradiction(folder, capsys, harm):
     if harm == "epsilon":
         fields = json.loads((folder / "privacy.json").read_text())
@@ -35,6 +35,13 @@ def test_verify_fails_on_any_contradiction(folder, capsys, harm):
         (folder / "privacy.json").write_text(json.dumps(fields))
     elif harm == "weights":
         (folder / "model" / "model.safetensors").write_bytes(b"other")
+    elif harm == "link":  # is loaded like a folder; its files and marks are nobody's
+        (folder / "model").rename(folder.with_name("elsewhere"))
+        (folder / "model").symlink_to(folder.with_name("elsewhere"))
+    elif harm == "hidden":  # no hash covers it, and the card was made for it
+        index = {"weight_map": {"lm_head.weight": ".w.safetensors"}}
+        (folder / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+        PrivacyCard(report()).save(folder)
     else:
         (folder / "README.md").write_text("epsilon is 0")
     assert main(["verify", str(folder)]) == 1
@@ -75,6 +82,9 @@ def test_registry_prints_a_record(folder, capsys):
     assert record["deployment"]["privacy_loss"]["privacy_parameters"]["epsilon"] == PLAN.epsilon()
     assert main(["registry", str(folder), *given, "--publication_date", "24.11.2026"]) == 1
     assert "publication_date: '24.11.2026' is not a 'date'" in capsys.readouterr().err
+    (folder / "model" / "model.safetensors").write_bytes(b"other")
+    assert main(["registry", str(folder), *given, "--publication_date", "2026-11-24"]) == 1
+    assert "is not what its card says: model/model.safetensors changed" in capsys.readouterr().err
 
 
 def test_a_missing_or_invalid_card_fails_without_a_traceback(folder, tmp_path, capsys):

@@ -19,7 +19,7 @@ from PIL import Image
 from text_parts import text_encoder, text_model
 
 from hf_spectral_dp import DPSpectralPipeline, PrivacyCard, SpectralImageProcessor
-from hf_spectral_dp.dataset_export import export_dataset, export_shards
+from hf_spectral_dp.dataset_export import export_dataset, export_shards, publish_dataset
 
 SETTINGS = {"num_images": 47, "shard_size": 10, "batch_size": 4, "seed": 3}
 
@@ -216,6 +216,14 @@ def test_other_settings_other_files_and_other_weights_are_refused(source, tmp_pa
     with pytest.raises(FileNotFoundError):
         export_dataset(changed, tmp_path / "new", 3)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["privacy.json", "README.md"])
+def test_another_guarantee_than_the_generators_is_not_published(source, tmp_path, name):
+    folder = export_dataset(source, tmp_path / "out", 2)
+    (folder / name).write_text((folder / name).read_text().replace("epsilon", "Epsilon") + " ")
+    with pytest.raises(ValueError, match="is not what the export wrote"):
+        publish_dataset(folder, "me/synthetic")
 
 
 def test_a_damaged_shard_is_not_taken_for_one(source, tmp_path):

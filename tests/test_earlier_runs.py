@@ -229,6 +229,10 @@ def test_ledgers_that_cannot_be_counted_are_refused_and_unused_ones_skipped(tmp_
     PrivacyLedger.create(tmp_path / "plain", {"rate": 0.1}, 3).close()
     with pytest.raises(LedgerError, match=r"plain does not say what its charges cost \(KeyError\('plan'\)\); name the"):
         second(tmp_path / "second", tmp_path / "plain")
+    header = read_ledger(tmp_path / "unused")["header"]
+    PrivacyLedger.create(tmp_path / "long", header, 300).close()
+    with pytest.raises(LedgerError, match=r"long does not say what its charges cost .*max_charges=300 of a plan of"):
+        second(tmp_path / "second", tmp_path / "long")
     own_loop(tmp_path / "ledger", 2).close()
     with pytest.raises(ValueError, match="num_examples=61, but an earlier run had 60"):
         arguments(tmp_path, earlier_ledgers=[str(tmp_path / "ledger")]).plan(61)

@@ -346,17 +346,30 @@ def test_the_description_is_plain_text():
 
 def test_what_a_model_draws_is_secret_and_leaves_the_seeded_generator_alone():
     """Two steps under one seed draw other coins; what the seed gives afterwards is as if there had been none."""
+
+
+    def seeded() -> None:
+        torch.manual_seed(7)
+        np.random.seed(7)
+        random.seed(7)
+
+    def rest() -> list[float]:
+        return [float(torch.rand(())), np.random.rand(), random.random()]
+
     drawn = []
     for _ in range(2):
-        torch.manual_seed(7)
+        seeded()
         with secret_coins():
-            drawn.append(torch.rand(2000))
-        after = torch.rand(3)
-    torch.manual_seed(7)
-    assert torch.equal(torch.rand(3), after)
-    assert abs(float(torch.corrcoef(torch.stack(drawn))[0, 1])) < 6 / 2000**0.5
+            drawn.append(torch.rand(2000).tolist())
+            drawn.append(np.random.rand(2000))
+            drawn.append([random.random() for _ in range(2000)])
+        after = rest()
+    seeded()
+    assert rest() == after
+    relations = np.corrcoef(np.array(drawn)) - np.eye(6)  # also between the three, whose keys must not be one
+    assert np.abs(relations).max() < 6 / 2000**0.5
     for some in drawn:  # uniform: five standard errors
-        assert abs(float(some.mean()) - 0.5) < 5 * 12**-0.5 / 2000**0.5
+        assert abs(np.mean(some) - 0.5) < 5 * 12**-0.5 / 2000**0.5
 
 
 def test_the_state_of_the_generator_is_laid_out_as_assumed():

@@ -126,6 +126,12 @@ def test_neither_seed_nor_global_state_fixes_noise_or_batches(tmp_path):
     assert not torch.allclose(weights[0], weights[1])
 
 
+def test_no_hook_on_backward_sees_a_private_loss(tmp_path, monkeypatch):
+    """Comet logs the value of every tensor that `backward` is called on: the bare loss of a part of a batch."""
+    monkeypatch.setattr(torch.Tensor, "backward", lambda *args, **given: pytest.fail("a loss was shown"))
+    DPTrainer(tiny_model(), arguments(tmp_path), Rows()).train()
+
+
 def test_an_empty_batch_is_still_a_noisy_charged_step(tmp_path):
     args = arguments(tmp_path, expected_batch_size=None, sampling_rate=1e-6, max_steps=3)
     trainer = DPTrainer(tiny_model(), args, Rows())

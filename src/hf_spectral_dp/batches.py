@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .privacy.budget import PrivacyPlan
+from .privacy.noise import secret_coins
 from .privacy.sampling import SinglePass, check_sampler, sampler_for
 from .privacy.units import OneRowPerUnit
 from .training_args import DPTrainingArguments
@@ -111,7 +112,9 @@ class BatchLoader:
     def _draws(self, sampler: Any) -> Iterator[dict[str, Tensor]]:
         while True:
             chosen = sampler.next_batch()
-            batch = self._dataset[chosen if self._units is None else self._units.draw(chosen)]
+            rows = chosen if self._units is None else self._units.draw(chosen)
+            with secret_coins():  # a data set that augments at random draws them, row after row
+                batch = self._dataset[rows]
             if any(len(values) != len(chosen) for values in batch.values()):
                 raise ValueError(
                     "train_dataset gave more or fewer rows than it was asked for, and a unit may count once in a step;"
@@ -121,9 +124,12 @@ class BatchLoader:
 
     def _passes(self, sampler: SinglePass) -> Iterator[dict[str, Tensor]]:
         while True:
-            for number, rows in enumerate(sampler.batches(self._dataset)):
+            batches = sampler.batches(self._dataset)
+            for number in range(self._plan.steps_per_pass):
                 if self._charged() % self._plan.steps_per_pass != number:
                     raise RuntimeError("a pass was left before its end, so a row would be used twice; start a new run.")
+                with secret_coins():
+                    rows = next(batches)
                 yield self._stacked(rows)
 
     def _stacked(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:

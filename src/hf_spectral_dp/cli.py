@@ -151,9 +151,12 @@ def _card(arguments: argparse.Namespace) -> int:
 
 
 def _registry(arguments: argparse.Namespace) -> int:
-    """Prints the record."""
+    """Prints the record of a card that nothing contradicts."""
+    card = PrivacyCard.load(arguments.folder)
+    if contradictions := card.verify(arguments.folder):
+        raise ValueError(f"{str(arguments.folder)!r} is not what its card says: {' '.join(contradictions)}")
     record = registry_record(
-        PrivacyCard.load(arguments.folder),
+        card,
         curators=arguments.curator,
         intended_use=arguments.intended_use,
         region=arguments.region,

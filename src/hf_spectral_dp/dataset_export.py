@@ -213,6 +213,7 @@ def publish_dataset(folder: str | Path, repo_id: str, *, private: bool | None = 
 
     Raises:
         FileNotFoundError: the export is not finished. Nothing was uploaded.
+        ValueError: the card is not that of the generator, or the README not that of card and settings.
     """
     folder = Path(folder)
     settings = json.loads((folder / SETTINGS_NAME).read_text(encoding="utf-8"))
@@ -220,6 +221,14 @@ def publish_dataset(folder: str | Path, repo_id: str, *, private: bool | None = 
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{str(folder)!r} lacks {', '.join(missing[:3])}; finish the export, then publish it.")
+    if (
+        hashlib.sha256((folder / REPORT_NAME).read_bytes()).hexdigest() != settings["source"]
+        or (folder / README_NAME).read_bytes() != dataset_card(PrivacyCard.load(folder), settings).encode()
+    ):
+        raise ValueError(
+            f"{REPORT_NAME} or {README_NAME} in {str(folder)!r} is not what the export wrote, and both speak of a"
+            " guarantee; export again to an empty folder."
+        )
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
     operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in names]

@@ -5,6 +5,7 @@ What an image of theirs holds, `image_decoding` reads.
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -102,6 +103,12 @@ def _captioned_images(folder: Path, caption_files: Path, split: str, streaming: 
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist; name a folder of images and its caption files.")
     paths = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    names = [Path(path).stem if caption_files.is_dir() else Path(path).name for path in paths]
+    if twice := next((name for name, count in Counter(names).items() if count > 1), None):
+        raise ValueError(
+            f"several images in {str(folder)!r} are called {twice!r}, and captions belong to images by that name: one"
+            " would show another's. Give every image a name of its own."
+        )
     if caption_files.is_dir():
         known = {path.stem for path in caption_files.glob("*.txt")}
         matched = sum(Path(path).stem in known for path in paths)

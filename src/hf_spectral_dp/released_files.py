@@ -81,6 +81,9 @@ def hash_released(folder: str | Path) -> list[dict[str, str | int]]:
         if name in (REPORT_NAME, README_NAME):
             continue
         path = folder / name
+        if name.endswith("/"):
+            found.append({"path": name, "sha256": "a link to a folder", "bytes": 0})
+            continue
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         found.append({"path": name, "sha256": digest, "bytes": path.stat().st_size})
@@ -88,11 +91,16 @@ def hash_released(folder: str | Path) -> list[dict[str, str | int]]:
 
 
 def files(folder: Path) -> Iterator[str]:
-    """Paths of all files below a folder, with /; hidden ones are those of git and of the Hub."""
+    """Paths of all files below a folder, with /; hidden ones are those of git and of the Hub.
+
+    A link to a folder is among them, by its own name with / behind it: what is in there is loaded, too, and nobody
+    hashes it or looks for marks.
+    """
     for path in folder.rglob("*"):
         name = path.relative_to(folder)
-        if not path.is_dir() and not any(part.startswith(".") for part in name.parts):
-            yield name.as_posix()
+        linked = path.is_symlink() and path.is_dir()
+        if (linked or not path.is_dir()) and not any(part.startswith(".") for part in name.parts):
+            yield name.as_posix() + "/" * linked
 
 
 def _is_pipeline(folder: Path) -> bool:

@@ -105,16 +105,18 @@ def check_index(path: str | Path, class_name: str) -> None:
 
 
 def check_shards(folder: str | os.PathLike) -> None:
-    """Raises ValueError if the index of a sharded checkpoint below a folder is unreadable or names a file elsewhere."""
+    """Raises ValueError if the index of a sharded checkpoint below a folder is unreadable, or names a file elsewhere
+    or a hidden one."""
     for index in sorted(Path(folder).rglob("*.safetensors.index*.json")):  # of a variant: .index.fp16.json
         try:
             names = set(json.loads(index.read_bytes())["weight_map"].values())
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{index} is no index of weights ({error}); download or save them again.") from error
         for name in names:
-            if not isinstance(name, str) or not name or Path(name).name != name or "\\" in name:
+            if not isinstance(name, str) or not name or Path(name).name != name or "\\" in name or name[0] == ".":
                 raise ValueError(
-                    f"{index} names the file {name!r}, which may lie outside of its folder; do not load this."
+                    f"{index} names the file {name!r}, which may lie outside of its folder, or is hidden and on no"
+                    " card; do not load this."
                 )
 
 

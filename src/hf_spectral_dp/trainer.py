@@ -60,12 +60,13 @@ class DPTrainer(QuietTrainer):
     (`privacy_report()["claim"]["epsilon"]`, delta)-differentially private for one unit of `train_dataset` under
     `plan.adjacency`, by `PrivacyPlan` and post-processing. Assumptions: the number of units and all arguments are
     public and were not chosen by looking at the rows; whatever was trained on them before, the model included, was
-    trained by the runs of `args.earlier_ledgers`, whose units are the same; `per_example_loss` of a row depends on that
-    row, the weights, releases of those runs and what it draws from torch's global generators alone, whose keys are new
-    and secret in every step (`privacy.noise.secret_coins`); the text encoder is public, too; the time a step takes is
-    not observed; the checkpoints' optimizer states are covered by the guarantee, the token store is not, nor is the
-    file `privacy_ledger.jsonl`, which holds a hash of the rows (released is the hash of its last record, which is
-    salted).
+    trained by the runs of `args.earlier_ledgers`, whose units are the same; a row as the data set gives it, and its
+    `per_example_loss`, depend on that row, the weights, releases of those runs and what they draw from the global
+    generators of torch, NumPy and Python alone, whose keys are new and secret in every step
+    (`privacy.noise.secret_coins`; a generator of one's own with a seed would not be); the text encoder is public, too;
+    the time a step takes is not observed, also not as the times of a tracker's records; the checkpoints' optimizer
+    states are covered by the guarantee, the token store is not, nor is the file `privacy_ledger.jsonl`, which holds a
+    hash of the rows (released is the hash of its last record, which is salted).
     Which rows are shown without text is decided for each by a coin of its own, from the generator that draws batches;
     given all coins, every row is one fixed row, so the guarantee holds for each way they can fall, and by joint
     convexity for the mixture.

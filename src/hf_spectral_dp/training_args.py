@@ -223,6 +223,8 @@ class DPTrainingArguments(TrainingArguments):
                     "ledger_head": ledger["head"],
                     **{name: value for name, value in _WORSE.items() if header.get(name) == value},
                 }
+                if ledger["max_charges"] != plan.steps:
+                    raise ValueError(f"max_charges={ledger['max_charges']} of a plan of {plan.steps} steps")
             except (KeyError, TypeError, ValueError) as error:
                 raise LedgerError(
                     f"{path} does not say what its charges cost ({error!r}); name the ledger of a DPTrainer run, or one"

@@ -16,6 +16,7 @@ from .privacy.consequences import attack_bounds, gaussian_dp, group_epsilons
 from .privacy.ledger import LedgerError, read_ledger
 from .released_files import hash_released
 from .report_rules import leaves, name_of, plan_of
+from .safe_loading import check_shards
 
 # Figures are recorded with four decimals, rounded up. The transforms inside the accountant differ between processors
 # in their last bits, which may move a figure over one such step, never over two.
@@ -134,7 +135,12 @@ def file_contradictions(report: Mapping[str, Any], folder: Path) -> list[str]:
     """The folder against the list of released files: nothing changed, nothing missing, nothing more."""
     recorded = {entry["path"]: entry for entry in report.get("released", [])}
     found = {str(entry["path"]): entry for entry in hash_released(folder)}
-    problems = [f"{name} is on the card, but not in {folder}." for name in sorted(recorded.keys() - found.keys())]
+    try:
+        check_shards(folder)
+        problems = []
+    except ValueError as error:
+        problems = [str(error)]
+    problems += [f"{name} is on the card, but not in {folder}." for name in sorted(recorded.keys() - found.keys())]
     problems += [f"{name} is in {folder}, but not on the card." for name in sorted(found.keys() - recorded.keys())]
     for name in sorted(recorded.keys() & found.keys()):
         before, now = recorded[name], found[name]
@@ -158,7 +164,7 @@ def private_runs(folder: Path) -> dict[str, list[str]]:
         except (OSError, ValueError, AttributeError):  # none that can be loaded
             continue
         if runs or path.parent.name == "critic":
-            named = runs if isinstance(runs, list) else [runs]
+            named = runs if isinstance(runs, list) and runs else [runs]
             found[path.relative_to(folder).as_posix()] = [str(run) for run in named]
     return found
 

@@ -185,7 +185,8 @@ class PerExampleClipper:
                         f"losses have shape {tuple(values.shape)}, not ({batch_size},): return one loss per example."
                     )
                 with self._full_precision():
-                    values.sum().backward()
+                    # Not Tensor.backward, which trackers of experiments hook to log the value it is called on.
+                    torch.autograd.backward(values, torch.ones_like(values))
             for name, parameter in self.parameters.items():
                 if parameter.grad is not None:
                     raise ValueError(

@@ -25,9 +25,10 @@ it does not prove it away. The guarantee is that of the real-valued mechanism.
 
 import math
 import os
+import random
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib import metadata
 from typing import Any, Literal, NoReturn
 
@@ -102,33 +103,46 @@ def system_generator() -> np.random.Generator:
 
 @contextmanager
 def secret_coins(device: torch.device | str = "cpu") -> Iterator[None]:
-    """Inside, what draws from torch's global generators, such as dropout, is keyed anew by the operating system.
+    """Inside, what draws from the global generators of torch, NumPy and Python is keyed anew by the operating system.
 
-    Trainers seed these generators with a public number, and one row less moves the masks of all rows behind it: for
-    whoever knows the seed more than one row's share of a sum changes then.
+    That is what dropout and random augmentation do. Trainers seed these generators with a public number, and one row
+    less moves the coins of all rows behind it: for whoever knows the seed more than one row's share of a sum changes.
 
-    Formal guarantee: masks drawn inside are secret, independent, and of one law for all rows, whatever place a row has.
+    Formal guarantee: coins drawn inside are secret, independent, and of one law for all rows, whatever place a row has.
     Let them be drawn first: given these, a row is one fixed function of the weights, so what holds for a step given its
-    coins holds for the mixture, by joint convexity. Assumption: as for noise on a GPU, torch's generators look random
+    coins holds for the mixture, by joint convexity. Assumption: as for noise on a GPU, these generators look random
     to the adversary, though none is cryptographic. On a GPU the key has 64 bits; on a CPU the whole state comes from
     the cipher.
 
     Args:
-        device: where the model computes. Its generator and the CPU's go on afterwards as if nothing had been drawn.
+        device: where the model computes. All generators go on afterwards as if nothing had been drawn.
     """
     place = torch.device(device)
     others, kind = ([], None) if place.type == "cpu" else ([place], place.type)
+    numpys, pythons = np.random.get_state(), random.getstate()
     with torch.random.fork_rng(others, device_type=kind):  # the CPU's generator always
         torch.set_rng_state(_keyed_state())
+        np.random.set_state(("MT19937", _words().astype(np.uint32), _TWISTER_WORDS, 0, 0.0))
+        random.setstate((pythons[0], (*_words().tolist(), _TWISTER_WORDS), None))
         if kind is not None:
-            torch.get_device_module(kind).manual_seed(int.from_bytes(os.urandom(8), "little") >> 1)
-        yield
+            module = torch.get_device_module(kind)
+            with module.device(place) if hasattr(module, "device") else nullcontext():  # its own, not the current one's
+                module.manual_seed(int.from_bytes(os.urandom(8), "little") >> 1)
+        try:
+            yield
+        finally:
+            np.random.set_state(numpys)
+            random.setstate(pythons)
+
+
+def _words() -> np.ndarray:
+    """The state (624,) of a Mersenne twister, as uint64 below 2**32, all of it from the cipher."""
+    return system_generator().integers(2**32, size=_TWISTER_WORDS, dtype=np.uint64)
 
 
 def _keyed_state() -> Tensor:
     """A state of torch's CPU generator, all of its words from the cipher; `manual_seed` would take 32 bits only."""
-    state = torch.Generator().get_state()
-    words = system_generator().integers(2**32, size=_TWISTER_WORDS, dtype=np.uint64)
+    state, words = torch.Generator().get_state(), _words()
     state[_TWISTER_START : _TWISTER_START + words.nbytes] = torch.from_numpy(words.view(np.uint8))
     return state
 
