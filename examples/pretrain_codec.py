@@ -10,6 +10,8 @@ the share of code words in use, measured on held-out public images.
 
 import argparse
 import itertools
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,13 +22,13 @@ from hf_spectral_dp.image_decoding import readable
 from hf_spectral_dp.image_sources import load_images
 
 
-def public_images(source: str, split: str, column: str, count: int, seed: int) -> list:
+def public_images(source: str, split: str, column: str, count: int, seed: int) -> Iterator[Any]:
     """At most `count` public images: drawn strokes ("glyphs"), or a folder or Hub data set."""
     if source == "glyphs":
         from public_glyphs import render_digits
 
-        return list(render_digits(count, seed)[0])
-    return [image for image, _ in itertools.islice(readable(load_images(source, split), column), count)]
+        return iter(render_digits(count, seed)[0])
+    return (image for image, _ in itertools.islice(readable(load_images(source, split), column), count))
 
 
 def main() -> None:
@@ -66,7 +68,9 @@ def main() -> None:
     )
     processor = SpectralImageProcessor(image_size=arguments.size, num_channels=arguments.channels, pad=arguments.pad)
     images = public_images(arguments.public, arguments.split, arguments.image_column, arguments.images, arguments.seed)
-    pixels = processor(images)["pixel_values"]
+    # Few at once: photos as they were taken are a thousand times as large.
+    parts = iter(lambda: list(itertools.islice(images, 50)), [])
+    pixels = torch.cat([processor(some)["pixel_values"] for some in parts])
     held_out = max(1, len(pixels) // 10)
     model = SpectralTokenizerForCausalLM(config)
     report = model.codec.fit(pixels[held_out:], seed=arguments.seed)

@@ -63,12 +63,15 @@ def tokenise(
     """The token rows: made once by the first process of the machine, opened by the others and by resumed runs."""
     asked = {name: value for name, value in config["data"].items() if name not in ("description", "num_examples")}
     asked["critic"] = config["critic"]  # whose photos and network a run that goes on finds in its folder, too
+    asked["num_classes"] = model.config.num_classes  # the start token of a row without a class is the one after these
     made_of = folder.with_name("tokens.json")
     with PartialState().local_main_process_first():
         if folder.exists():
             if made_of.exists() and (made := json.loads(made_of.read_bytes())) != json.loads(json.dumps(asked)):
-                raise ValueError(f"the tokens in {str(folder)!r} were made of data={made}, not of {asked}; give"
-                                 " data and critic again as they were, or train in another folder.")  # fmt: skip
+                raise ValueError(
+                    f"the tokens in {str(folder)!r} were made of data={made}, not of {asked}; give data, classes and"
+                    " critic again as they were, or train in another folder."
+                )
         else:
             images, columns = private_images(config["data"])
             encoder, tokenizer = text

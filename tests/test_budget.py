@@ -56,6 +56,13 @@ def test_the_epsilon_of_a_plan_is_that_of_the_noise_it_states():
     assert accountant.get_epsilon(plan.delta) == pytest.approx(plan.epsilon(), rel=0.01)
 
 
+def test_the_bound_of_a_log_is_near_and_on_the_safe_side():
+    plan = PrivacyBudget(8.0).calibrate(num_examples=4000, sampling_rate=0.068, steps=100)
+    for steps in (0, 1, 30, 99):
+        assert plan.epsilon(steps) <= plan.epsilon_so_far(steps) <= min(plan.epsilon(steps) + 1e-3, plan.epsilon())
+    assert plan.epsilon_so_far(100) == plan.epsilon()
+
+
 def test_no_prefix_of_a_random_plan_is_over_its_budget():
     row = within_budget(tried=3, seed=5)
     assert row["tried"] == 3 and row["failed"] == 0 and row["least_of_budget_used"] > 0.99, row

@@ -379,6 +379,6 @@ def test_the_state_of_the_generator_is_laid_out_as_assumed():
     words = slice(_TWISTER_START, _TWISTER_START + 8 * _TWISTER_WORDS)
     assert differ[words].view(-1, 8)[:, :4].all() and not differ[words].view(-1, 8)[:, 4:].any()
     assert not differ[words.stop :].any() and not differ[8 : words.start].any()
-    keyed = _keyed_state()
+    keyed = _keyed_state(system_generator())
     assert (keyed[words].view(-1, 8)[:, :4] != states[0][words].view(-1, 8)[:, :4]).any(1).all()
     assert torch.equal(torch.Generator().get_state()[words.stop :], keyed[words.stop :])

@@ -170,7 +170,8 @@ def test_noise_differs_across_steps_and_resumes_and_is_rekeyed(tmp_path, keys):
     first = len(keys)
     trainer().train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert len(drawn) == 6 and len(set(keys)) == len(keys)
-    assert len(keys) == first + (first - 4) + 2  # each run has its own, and each of six steps one for the model's coins
+    # Each run has its own, and each of six steps two for coins: those of reading the rows, and of the model.
+    assert len(keys) == first + (first - 2 * 4) + 2 * 2
     for index, one in enumerate(drawn):
         for other in drawn[:index]:
             assert abs(torch.corrcoef(torch.stack([one, other]))[0, 1]) < 6 / len(one) ** 0.5

@@ -10,7 +10,12 @@ from conftest import sequences, tiny_model, wild
 from PIL import Image
 from test_mean_critic import knowing
 
-from hf_spectral_dp import SpectralConfig, SpectralTokenizerForCausalLM, super_resolution_training
+from hf_spectral_dp import (
+    SpectralConfig,
+    SpectralImageProcessor,
+    SpectralTokenizerForCausalLM,
+    super_resolution_training,
+)
 from hf_spectral_dp.private_marks import UNRECORDED
 from hf_spectral_dp.super_resolution import SpectralSuperResolution, SpectralSuperResolutionConfig
 from hf_spectral_dp.super_resolution_training import (
@@ -85,6 +90,17 @@ def test_learning_rates_rise_and_end_at_zero(rise):
     rates = [one_cycle(share, rise) for share in np.linspace(0, 1, 101)]
     assert rates[0] == 0 and max(rates) == pytest.approx(1) and rates[-1] == pytest.approx(0)
     assert np.argmax(rates) == round(100 * rise) and np.sum(np.diff(np.sign(np.diff(rates))) != 0) <= 2
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_squares_are_of_photos_as_the_processor_sees_them(channels):
+    """Sixteen bits, and what lies behind transparency: Pillow's own conversion clips the one and forgets the other."""
+    ramp = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
+    clear = Image.new("RGBA", (32, 32), (200, 200, 200, 0))
+    for image in (Image.fromarray(ramp), clear):
+        seen = SpectralImageProcessor(image_size=16, num_channels=channels)(image)["pixel_values"]
+        whole = square(image, 16, channels, np.random.default_rng(1))  # whose first coin says: all of it
+        assert abs(whole.mean() - (float(seen.mean()) + 1) * 127.5) < 1
 
 
 def test_public_squares_are_some_of_each_photo_and_stop_at_the_memory(monkeypatch):

@@ -138,6 +138,16 @@ def test_not_one_decodable_image_is_an_error_and_leaves_nothing(grey_model, proc
     assert list(tmp_path.iterdir()) == []
 
 
+def test_class_names_that_no_image_has_are_refused_and_leave_nothing(rows, grey_model, processor, tmp_path):
+    """A typing error would spend a whole budget on a model that learns no class."""
+    named = [row | {"label": ["benign", "malignant"][row["label"] % 2]} for row in rows]
+    (tmp_path / ".store-incomplete").mkdir()
+    (tmp_path / ".store-incomplete" / "tokens.arrow").write_bytes(b"of a process that was killed")
+    with pytest.raises(ValueError, match=r"not one image has a class: label_column='label' holds none of .*'Benign'"):
+        build(named, grey_model, processor, tmp_path / "store", label_column="label", class_names=["Benign", "Malign"])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_missing_label_gives_the_null_token(random_images, grey_model, processor, tmp_path):
     labels = [None, -1, 3.0]  # numbers as a column of CSV with an empty cell gives them
     rows = [{"image": image, "label": label} for image, label in zip(random_images, labels, strict=False)]

@@ -293,6 +293,22 @@ def test_low_rank_adapters_train_alone_and_merge(tmp_path):
     assert trainer.privacy_report()["training"]["adapter"] == {"type": "lora", "rank": 2}
 
 
+def test_half_precision_is_for_adapters_too(tmp_path):
+    trainer = DPTrainer(tiny_model(), arguments(tmp_path, lora_rank=2, bf16=True, max_steps=1), Rows())
+    seen = set()
+    for module in trainer.model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda module, given, result: seen.add(result.dtype))
+    trainer.train()
+    assert seen == {torch.bfloat16}
+
+
+def test_half_precision_that_the_launcher_asks_for_is_seen(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(ValueError, match="mixed_precision='fp16' cannot be used"):
+        arguments(tmp_path)
+
+
 def test_adapters_that_the_user_put_in_are_reported(tmp_path):
     adapted = get_peft_model(tiny_model(), LoraConfig(r=3, target_modules=["q_proj"]))
     trainer = DPTrainer(adapted, arguments(tmp_path), Rows())
@@ -317,6 +333,10 @@ def test_adapters_that_the_user_put_in_are_reported(tmp_path):
         ({"eval_strategy": "steps", "eval_steps": 1}, "do_eval=True"),
         ({"push_to_hub": True}, "push_to_hub=True"),
         ({"fp16": True}, "fp16=True"),
+        ({"torch_compile": True}, "torch_compile=True"),
+        ({"save_only_model": True}, "save_only_model=True"),
+        ({"save_strategy": "epoch"}, "save_strategy=.*save by steps"),
+        ({"logging_strategy": "epoch"}, "logging_strategy=.*log by steps"),
         ({"load_best_model_at_end": True, "save_strategy": "steps", "eval_strategy": "steps"}, "load_best_model"),
         ({"save_on_each_node": True}, "save_on_each_node=True"),
         ({"fsdp": "full_shard"}, "deepspeed and fsdp are not supported"),

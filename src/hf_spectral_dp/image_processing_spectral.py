@@ -77,7 +77,7 @@ class SpectralImageProcessor(BaseImageProcessor):
         pixels = np.full(shape, border, dtype=np.float32)
         window = slice(self.pad, self.pad + inner)
         for index, image in enumerate(listed):
-            square = _fit(_levels(image, border), inner, self.num_channels)
+            square = _fit(image_levels(image, border), inner, self.num_channels)
             pixels[index, :, window, window] = square.transpose(2, 0, 1)
         pixels *= 1 / 127.5
         pixels -= 1
@@ -142,7 +142,7 @@ def _array(image: Any) -> np.ndarray:
     return np.asarray(image)
 
 
-def _levels(image: Any, border: float) -> Image.Image | np.ndarray:
+def image_levels(image: Any, border: float) -> Image.Image | np.ndarray:
     """One image in the levels 0..255: a Pillow "L" or "RGB" image, or float32 (H, W, 1 or 3) where eight bits lose.
 
     `border` is the level behind transparent pixels.
@@ -226,4 +226,4 @@ def _resize(image: Image.Image, side: int) -> np.ndarray:
     return np.asarray(image)
 
 
-__all__ = ["SpectralImageProcessor"]
+__all__ = ["SpectralImageProcessor", "image_levels"]

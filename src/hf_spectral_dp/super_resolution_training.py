@@ -24,6 +24,7 @@ from torch.nn.utils import spectral_norm
 from tqdm.auto import tqdm
 
 from .codec import SpectralCodec
+from .image_processing_spectral import image_levels
 from .mean_critic import MeanCritic
 from .modeling_spectral import SpectralTokenizerForCausalLM
 from .private_marks import UNRECORDED, marks
@@ -36,7 +37,7 @@ def square(image: Image.Image, size: int, channels: int, rng: np.random.Generato
     The other squares are of any side down to half of `size`, and enlarged where they are smaller. Photos that were made
     small are sharp everywhere; a network that saw no others puts detail where skin, sky and walls have none.
     """
-    image = image.convert("L" if channels == 1 else "RGB")
+    image = _plain(image).convert("L" if channels == 1 else "RGB")
     side = min(image.size)
     if rng.random() < 0.5:
         side = int(rng.integers(min(side, size // 2), side + 1))
@@ -44,6 +45,15 @@ def square(image: Image.Image, size: int, channels: int, rng: np.random.Generato
     resample = Image.Resampling.BOX if side >= size else Image.Resampling.BICUBIC
     small = image.resize((size, size), resample, box=(left, top, left + side, top + side))
     return np.asarray(small).reshape(size, size, channels)
+
+
+def _plain(image: Image.Image) -> Image.Image:
+    """The image in eight bits and without transparency, as `SpectralImageProcessor` sees it; Pillow would clip."""
+    levels = image_levels(image, border=0.0)
+    if isinstance(levels, Image.Image):
+        return levels
+    eight = levels.round().clip(0, 255).astype(np.uint8)
+    return Image.fromarray(eight[..., 0] if eight.shape[-1] == 1 else eight)
 
 
 def squares(

@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -244,7 +243,9 @@ def build_token_store(
         remedy = "pass overwrite=True or load it" if (folder / _FACTS).exists() else "choose a new folder"
         raise FileExistsError(f"folder={str(folder)!r} already exists; {remedy}.")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    scratch = folder.with_name(f".{folder.name}-incomplete")
+    shutil.rmtree(scratch, ignore_errors=True)  # what a killed process left: rows of private images
+    scratch.mkdir()
     try:
         captions = None
         if caption_column is not None:
@@ -255,6 +256,12 @@ def build_token_store(
             examples = _numbered(examples, feature.names if isinstance(feature, ClassLabel) else None, class_names)
         total = total_of(dataset)
         _write(examples, model, image_processor, scratch, batch_size, total, progress, units, captions, views)
+        counts = json.loads((scratch / _FACTS).read_bytes())["report"]
+        if label_column is not None and counts["unlabelled"] == counts["images"]:
+            raise ValueError(
+                f"not one image has a class: label_column={label_column!r} holds none of class_names={class_names!r};"
+                " write the names as the data have them, or leave out label_column for a model without classes."
+            )
         _publish(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -231,7 +231,8 @@ class DPTrainer(QuietTrainer):
         return {**inputs, "text_states": inputs["text_states"] * torch.from_numpy(shown)[:, None, None]}
 
     def _losses(self, model: Any, rows: dict[str, Tensor]) -> Tensor:
-        with self.compute_loss_context_manager():
+        # The model's forward is under autocast; a loss of an adapted model does not go through that one.
+        with self.compute_loss_context_manager(), self.accelerator.autocast():
             on_device = {name: values.to(self.args.device) for name, values in rows.items()}
             weighted = {"scale_weights": self.args.scale_weights} if self.args.scale_weights else {}
             return model.per_example_loss(**on_device, **weighted)
@@ -373,8 +374,11 @@ class DPTrainer(QuietTrainer):
 
     @property
     def epsilon_spent(self) -> float:
-        """Epsilon of all earlier runs and all steps charged so far, at the plan's delta, rounded up."""
-        return self.plan.epsilon(self._charged)
+        """Epsilon of all earlier runs and all steps charged so far, at the plan's delta, rounded up.
+
+        Before the last step it is the bound of `PrivacyPlan.epsilon_so_far`, since every record of a log has it.
+        """
+        return self.plan.epsilon_so_far(self._charged)
 
     def _sealed_earlier(self) -> list[dict[str, Any]]:
         """What of the earlier runs the plan does not hold, in its order; plain JSON values."""

@@ -161,6 +161,11 @@ class DPTrainingArguments(TrainingArguments):
         refused = [
             ("gradient_accumulation_steps", 1, "one step is one Poisson batch; use a larger expected_batch_size"),
             ("fp16", False, "its loss scaling acts before clipping; use bf16=True or float32"),
+            ("mixed_precision", ("no", "bf16"), "its loss scaling acts before clipping; use bf16 or float32"),
+            ("torch_compile", False, "the loss of a row asks the model as it is, so nothing would be compiled"),
+            ("save_only_model", False, "a run that goes on needs the optimizer; release the finished pipeline instead"),
+            ("save_strategy", ("no", "steps"), "to the loop a run is one epoch, saved at its end; save by steps"),
+            ("logging_strategy", ("no", "steps"), "to the loop a run is one epoch; log by steps"),
             ("auto_find_batch_size", False, "repeated steps would not be charged; set micro_batch_size"),
             ("load_best_model_at_end", False, "choosing a checkpoint on private data is not covered by the guarantee"),
             ("do_eval", False, "a loss on private data is not covered; evaluate the images the model generates"),
@@ -171,7 +176,7 @@ class DPTrainingArguments(TrainingArguments):
             ("include_num_input_tokens_seen", "no", "the count of tokens is that of the rows in the batches drawn"),
         ]
         for name, allowed, reason in refused:
-            if getattr(self, name, allowed) != allowed:
+            if getattr(self, name, allowed) not in (allowed if isinstance(allowed, tuple) else (allowed,)):
                 raise ValueError(f"{name}={getattr(self, name)!r} cannot be used with DPTrainer: {reason}.")
         if self.deepspeed or self.fsdp:
             raise ValueError(

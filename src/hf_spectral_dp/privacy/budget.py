@@ -310,6 +310,15 @@ class PrivacyPlan:
         """Epsilon spent after `steps` steps (default: all), rounded up to four decimals; 0 after none at all."""
         return epsilon_of(self.event(steps), self.delta, self.adjacency)
 
+    def epsilon_so_far(self, steps: int) -> float:
+        """An upper bound of `epsilon(steps)` for a log: by a tenth of its time, mostly above it by less than 0.001.
+
+        Losses are rounded up on a grid ten times as wide. What all steps cost is no less, and known exactly.
+        """
+        if steps >= self.steps:
+            return self.epsilon(steps)
+        return min(epsilon_of(self.event(steps), self.delta, self.adjacency, grid=10 * _GRID), self.epsilon())
+
     def profile(self, steps: int | None = None, deltas: Sequence[float] | None = None) -> list[dict[str, float]]:
         """Epsilon at several deltas: a fuller picture of the same mechanism than one pair."""
         chosen = deltas or sorted({1e-3, 1e-4, 1e-5, 1e-6, 1e-8, self.delta}, reverse=True)

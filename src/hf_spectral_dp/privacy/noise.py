@@ -119,11 +119,11 @@ def secret_coins(device: torch.device | str = "cpu") -> Iterator[None]:
     """
     place = torch.device(device)
     others, kind = ([], None) if place.type == "cpu" else ([place], place.type)
-    numpys, pythons = np.random.get_state(), random.getstate()
+    numpys, pythons, keys = np.random.get_state(), random.getstate(), system_generator()
     with torch.random.fork_rng(others, device_type=kind):  # the CPU's generator always
-        torch.set_rng_state(_keyed_state())
-        np.random.set_state(("MT19937", _words().astype(np.uint32), _TWISTER_WORDS, 0, 0.0))
-        random.setstate((pythons[0], (*_words().tolist(), _TWISTER_WORDS), None))
+        torch.set_rng_state(_keyed_state(keys))
+        np.random.set_state(("MT19937", _words(keys).astype(np.uint32), _TWISTER_WORDS, 0, 0.0))
+        random.setstate((pythons[0], (*_words(keys).tolist(), _TWISTER_WORDS), None))
         if kind is not None:
             module = torch.get_device_module(kind)
             with module.device(place) if hasattr(module, "device") else nullcontext():  # its own, not the current one's
@@ -135,14 +135,14 @@ def secret_coins(device: torch.device | str = "cpu") -> Iterator[None]:
             random.setstate(pythons)
 
 
-def _words() -> np.ndarray:
+def _words(keys: np.random.Generator) -> np.ndarray:
     """The state (624,) of a Mersenne twister, as uint64 below 2**32, all of it from the cipher."""
-    return system_generator().integers(2**32, size=_TWISTER_WORDS, dtype=np.uint64)
+    return keys.integers(2**32, size=_TWISTER_WORDS, dtype=np.uint64)
 
 
-def _keyed_state() -> Tensor:
+def _keyed_state(keys: np.random.Generator) -> Tensor:
     """A state of torch's CPU generator, all of its words from the cipher; `manual_seed` would take 32 bits only."""
-    state, words = torch.Generator().get_state(), _words()
+    state, words = torch.Generator().get_state(), _words(keys)
     state[_TWISTER_START : _TWISTER_START + words.nbytes] = torch.from_numpy(words.view(np.uint8))
     return state
 
