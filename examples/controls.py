@@ -38,7 +38,7 @@ def real_images(section: dict[str, Any], processor: Any, config: SpectralConfig)
         opened(section), processor,
         f"{section['source']}, split {section['split']}",
         image_column=section.get("image_column", "image"), label_column=section.get("label_column", "label"),
-        limit=None,
+        class_names=config.class_names, limit=None,
     )  # fmt: skip
     found.check_fits(config)
     assert found.labels is not None  # their column was named

@@ -120,8 +120,10 @@ def evaluate(args: argparse.Namespace) -> None:
     twin = AutoModelForCausalLM.from_pretrained(args.twin).to(device) if args.twin else None
 
     def read(source: str, split: str, **more: Any) -> RealImages:
+        names = pipeline.model.config.class_names
         given = {"image_column": args.image_column, "label_column": args.label_column, "limit": args.limit} | more
-        return read_real_images(load_images(source, split), pipeline.image_processor, f"{source}, {split}", **given)
+        rows, name = load_images(source, split), f"{source}, {split}"
+        return read_real_images(rows, pipeline.image_processor, name, class_names=names, **given)
 
     assessment = assess(
         pipeline,

@@ -133,6 +133,7 @@ def public_parts(config: dict[str, Any], args: DPTrainingArguments) -> tuple[Any
                 " embeddings all alike; use lora_rank 0."
             )
         model = model.with_classes(classes)
+    model.config.class_names = config["data"].get("class_names")
     processor = AutoImageProcessor.from_pretrained(prior)
     network = words["super_resolution"]  # ours, Swin2SR or their kind; none where the tokens need none
     detail = AutoModelForImageToImage.from_pretrained(located(network)) if network else None

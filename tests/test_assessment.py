@@ -18,6 +18,7 @@ from hf_spectral_dp import (
 )
 from hf_spectral_dp import assessment as assessment_module
 from hf_spectral_dp.assessment import Assessment, assess, for_the_card
+from hf_spectral_dp.image_sources import load_images
 from hf_spectral_dp.metrics.membership import auroc_limit, auroc_limit_of
 from hf_spectral_dp.privacy.budget import event_from_dict
 from hf_spectral_dp.privacy.consequences import privacy_pairs
@@ -175,6 +176,26 @@ def test_images_of_all_sizes_are_read_and_broken_ones_left_out():
         read_real_images(rows[5:], processor, "broken")
     with pytest.raises(ValueError, match="label 'cat' in row 0"):
         read_real_images([{"image": rows[0]["image"], "label": "cat"}], processor, "named", label_column="label")
+
+
+def test_classes_with_names_are_numbered_as_in_training(tmp_path):
+    """Sub-folders are numbered by the alphabet, and by those that exist; the model by the list it was trained with."""
+    for name, level in (("malignant", 200), ("benign", 40)):
+        (tmp_path / "test" / name).mkdir(parents=True)
+        Image.new("L", (12, 12), level).save(tmp_path / "test" / name / "0.png")
+    processor, names = SpectralImageProcessor(image_size=16, num_channels=1, pad=2), ["malignant", "healthy", "benign"]
+
+    def read(**given) -> RealImages:
+        return read_real_images(load_images(str(tmp_path), "test"), processor, "x", label_column="label", **given)
+
+    found = read(class_names=names)
+    bright = found.pixels[:, :, 8, 8].flatten() > 0
+    assert dict(zip(found.labels.tolist(), bright.tolist(), strict=True)) == {0: True, 2: False}
+    assert sorted(read().labels.tolist()) == [0, 1]
+    with pytest.warns(UserWarning, match="none of the 2 images read is of class 1;"):
+        found.check_fits(SpectralConfig(num_classes=3, class_names=names))
+    with pytest.raises(ValueError, match="label 'benign' in row .* is none of the model's class_names"):
+        read(class_names=["malignant"])
 
 
 def test_a_choice_that_cannot_be_made_is_refused_before_an_image_is_drawn(monkeypatch):

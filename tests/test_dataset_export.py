@@ -131,6 +131,17 @@ def test_labels_and_sampling_as_asked(source, tmp_path):
     assert len(set(images)) == 2 and images[0] == images[1] != images[2]  # almost no heat: one image per label
 
 
+def test_classes_keep_their_names(tmp_path):
+    model = tiny_model()
+    model.config.class_names = ["benign", "malignant"]
+    processor = SpectralImageProcessor(image_size=16, num_channels=1)
+    DPSpectralPipeline(model, processor).save_pretrained(tmp_path / "pipeline")
+    PrivacyCard(report()).save(tmp_path / "pipeline")
+    export_dataset(tmp_path / "pipeline", tmp_path / "out", 2)
+    rows = load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
+    assert rows.features["label"].names[:3] == ["benign", "malignant", "2"] and rows["label"][:2] == [0, 1]
+
+
 def test_prompts_in_turn_become_a_column(tmp_path):
     encoder, words = text_encoder(tmp_path / "encoder")
     source, processor = tmp_path / "source", SpectralImageProcessor(image_size=16, num_channels=3)

@@ -23,6 +23,7 @@ class SpectralConfig(LlamaConfig):
             the finest details are left to super-resolution and the decoded image has side `coarse_size`.
         codebook_sizes: code words per modelled scale.
         num_classes: number of class labels; 0 means no labels.
+        class_names: public names of the classes in order, at most num_classes; None where they are numbers alone.
         text_width: width of the text encoder's states; 0 means no text. Not together with class labels.
         max_text_tokens: K, text states per caption or prompt; longer texts are cut.
         text_dropout: share of the training rows, drawn anew and independently at each use, whose text is left out, so
@@ -46,6 +47,7 @@ class SpectralConfig(LlamaConfig):
     patch_sizes: list[int] = field(default_factory=lambda: [2, 2, 2])
     codebook_sizes: list[int] = field(default_factory=lambda: [256, 256, 512])
     num_classes: int = 0
+    class_names: list[str] | None = None
     text_width: int = 0
     max_text_tokens: int = 32
     text_dropout: float = 0.1
@@ -62,6 +64,10 @@ class SpectralConfig(LlamaConfig):
             raise ValueError(f"num_channels={self.num_channels} must be 1 (grey) or 3 (RGB).")
         if self.num_classes < 0:
             raise ValueError(f"num_classes={self.num_classes} must be 0 (unconditional) or positive.")
+        if self.class_names is not None and len(self.class_names) > self.num_classes:
+            raise ValueError(
+                f"class_names={self.class_names} are more than num_classes={self.num_classes}; give one for each class."
+            )
         if self.text_width < 0 or self.max_text_tokens < 1:
             raise ValueError(
                 f"text_width={self.text_width} must be 0 (no text) or the width of the text encoder's states, and"

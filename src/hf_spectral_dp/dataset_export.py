@@ -147,7 +147,8 @@ def draw_shard(pipeline: DPSpectralPipeline, settings: dict[str, Any], index: in
     features = {"image": Image()}
     if "class_labels" in conditions:
         columns["label"] = conditions["class_labels"]
-        features["label"] = ClassLabel(num_classes=pipeline.model.config.num_classes)
+        names, count = pipeline.model.config.class_names or [], pipeline.model.config.num_classes
+        features["label"] = ClassLabel(names=[*names, *map(str, range(len(names), count))])
     if "prompt" in conditions:
         columns["text"], features["text"] = conditions["prompt"], Value("string")
     return Dataset.from_dict(columns, features=Features(features))
