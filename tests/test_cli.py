@@ -67,6 +67,20 @@ def test_verify_reads_the_ledger_if_it_is_at_hand(folder, tmp_path, capsys):
     assert "it is not the ledger of this card" in shown and "none.jsonl cannot be read" in shown
 
 
+def test_without_a_network_what_lies_in_the_cache_is_checked(folder, monkeypatch, capsys):
+    def offline(*given, **named):
+        raise ConnectionError("offline mode is enabled")
+
+    monkeypatch.setattr(cli, "fetch", lambda *given, **named: str(folder))
+    monkeypatch.setattr(cli, "strangers", offline)
+    for expected in (0, 1):
+        assert main(["verify", "owner/name"]) == expected
+        shown = capsys.readouterr()
+        assert "not checked, what else the repository holds: offline" in shown.err
+        assert "files are those of the card" in shown.out and "nothing else" not in shown.out
+        (folder / "model" / "model.safetensors").write_bytes(b"other")
+
+
 def test_what_is_neither_folder_nor_hub_id_is_refused(folder, capsys):
     assert main(["verify", str(folder / "README.md")]) == 1
     assert "is no Hub id" in capsys.readouterr().err

@@ -213,6 +213,9 @@ def test_other_settings_other_files_and_other_weights_are_refused(source, tmp_pa
     export_dataset(source, tmp_path / "out", 3)
     with pytest.raises(ValueError, match="begun with other settings .seed=0 there, 1 now.*go on"):
         export_dataset(source, tmp_path / "out", 3, seed=1)
+    with pytest.raises(ValueError, match="guidance_scale"):  # found out by the pipeline
+        export_dataset(source, tmp_path / "again", 3, guidance_scale=float("nan"))
+    export_dataset(source, tmp_path / "again", 3)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("")
     with pytest.raises(ValueError, match="holds other files"):
@@ -241,7 +244,7 @@ def test_a_damaged_shard_is_not_taken_for_one(source, tmp_path):
     export_dataset(source, tmp_path, 3)
     shard = tmp_path / "data" / "train-00000-of-00001.parquet"
     shard.write_bytes(shard.read_bytes()[:-10])
-    with pytest.raises(ValueError, match="[Pp]arquet"):
+    with pytest.raises(ValueError, match="train-00000-of-00001.parquet is damaged .*[Pp]arquet.*delete it and"):
         export_dataset(source, tmp_path, 3)
 
 

@@ -129,7 +129,10 @@ def _verify(arguments: argparse.Namespace) -> int:
                 f"{arguments.where} does not exist as a folder and is no Hub id (owner/name); name one of these."
             )
         folder = Path(fetch(arguments.where, revision=arguments.revision, with_code=True))
-        strange = strangers(arguments.where, folder, revision=arguments.revision)
+        try:
+            strange = strangers(arguments.where, folder, revision=arguments.revision)
+        except ConnectionError as error:  # as HF_HUB_OFFLINE=1 has it, where the rest lies in the cache
+            print(f"not checked, what else the repository holds: {error}", file=sys.stderr)
     elif arguments.revision is not None:
         raise ValueError(f"--revision {arguments.revision} is for a Hub id, but {arguments.where} is a folder.")
     card = PrivacyCard.load(folder)

@@ -295,9 +295,10 @@ def _begin(folder: Path, settings: dict[str, Any]) -> None:
     path = folder / SETTINGS_NAME
     if path.exists():
         there = json.loads(path.read_text(encoding="utf-8"))
+        begun = any((folder / "data").glob("*.parquet"))  # settings alone are of an export that could not begin
         differ = [f"{name}={there.get(name)} there, {value} now" for name, value in settings.items()
                   if there.get(name) != value]  # fmt: skip
-        if differ:
+        if differ and begun:
             raise ValueError(
                 f"{str(folder)!r} was begun with other settings ({'; '.join(differ)}); use another folder, or the same"
                 " settings to go on."
@@ -305,9 +306,13 @@ def _begin(folder: Path, settings: dict[str, Any]) -> None:
         for name in shard_files(settings):
             shard = folder / name
             if shard.exists():
-                pyarrow.parquet.read_metadata(shard)  # a damaged file is an error of its own
-        return
-    if folder.exists() and any(folder.iterdir()):
+                try:
+                    pyarrow.parquet.read_metadata(shard)
+                except (pyarrow.ArrowException, OSError) as error:
+                    raise ValueError(f"{shard} is damaged ({error}); delete it and export again.") from error
+        if not differ:
+            return
+    elif folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{str(folder)!r} holds other files; use a folder of its own.")
     (folder / "data").mkdir(parents=True, exist_ok=True)
     replace_files({path: (json.dumps(settings, indent=2) + "\n").encode()}, mark="0")
