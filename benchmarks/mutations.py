@@ -410,8 +410,30 @@ MUTANTS = (
     ),
     Mutant(
         "masks of dropout follow the public seed",
-        replaced=((NOISE, "torch.set_rng_state(_keyed_state())", "pass"),),
+        replaced=((NOISE, "torch.set_rng_state(_keyed_state(keys))", "pass"),),
         killers=("test_trainer.py::test_what_the_model_draws_at_random_follows_no_public_seed",),
+    ),
+    Mutant(
+        "random augmentation of a data set follows the public seed",
+        replaced=(("batches.py", "with secret_coins():  # a data set that augments", "if True:  # a data set"),),
+        killers=("test_batches.py::test_what_a_data_set_draws_is_secret",),
+    ),
+    Mutant(
+        "hooks on backward see a private loss",
+        replaced=(
+            ("privacy/clipping.py", "torch.autograd.backward(values, torch.ones_like(values))", "values.sum().backward()"),
+        ),
+        killers=("test_trainer.py::test_no_hook_on_backward_sees_a_private_loss",),
+    ),
+    Mutant(
+        "rounding errors of the accountant are not counted",
+        replaced=(("privacy/budget.py", ".get_epsilon(delta - least / 2)", ".get_epsilon(delta)"),),
+        killers=("test_budget.py::test_rounding_errors_of_many_sums_are_counted_where_delta_is_tiny",),
+    ),
+    Mutant(
+        "a ledger with more charges than its plan counts as the plan",
+        replaced=(("training_args.py", 'if ledger["max_charges"] != plan.steps:', "if False:"),),
+        killers=("test_earlier_runs.py::test_ledgers_that_cannot_be_counted_are_refused_and_unused_ones_skipped",),
     ),
     Mutant(
         "weights that are unfrozen later take their gradient as it is",

@@ -5,9 +5,10 @@ import math
 
 import pytest
 from card_reports import COMPOSED, PLAN, PLANS, SINGLE_PASS, TRUNCATED
+from dp_accounting.rdp import RdpAccountant
 from scipy.stats import norm
 
-from hf_spectral_dp.privacy.budget import PrivacyPlan, gaussian_epsilon
+from hf_spectral_dp.privacy.budget import PrivacyBudget, PrivacyPlan, gaussian_epsilon, least_delta
 from hf_spectral_dp.privacy.consequences import attack_bounds, gaussian_dp, group_epsilons
 
 # Every unit in every batch: the exact answers are known, those of one Gaussian of mu = sqrt(steps) / noise.
@@ -57,3 +58,19 @@ def test_a_group_in_every_batch_is_a_larger_gaussian():
     for group in group_epsilons(WHOLE):
         exact = gaussian_epsilon(1 / (group["units"] * MU), WHOLE.delta)
         assert exact - 1e-4 <= group["epsilon"] <= exact + 1e-3
+
+
+def test_groups_after_many_steps_are_bounded_where_rounding_errors_would_decide():
+    """Ten units ask for a delta that PLD cannot tell any more; Renyi divergences can, and it is no worse than they."""
+    plan = PrivacyBudget(1.0).calibrate(num_examples=50_000, sampling_rate=0.02, steps=2000)
+    event = plan.event()
+    assert least_delta(event) > plan.delta * 1e-8
+    *_, ten = group_epsilons(plan)
+    accountant = RdpAccountant().compose(event)
+    bounds = []
+    for power in range(17):
+        delta = plan.delta * 10 ** (-power / 2)
+        epsilon = accountant.get_epsilon(delta)
+        if delta * math.expm1(10 * epsilon) / math.expm1(epsilon) <= plan.delta:
+            bounds.append(10 * epsilon)
+    assert 10 < ten["epsilon"] <= min(bounds) + 1e-4 < 20

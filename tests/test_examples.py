@@ -181,7 +181,7 @@ def test_a_run_does_not_go_on_with_another_critic(job, tmp_path, monkeypatch):
     job |= {"critic": {"kind": "mean", "target_epsilon": 1.0}, "sampling": {"attempts": 2}}
     monkeypatch.setattr(sys, "argv", [*sys.argv[:3], "--resume"])
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(job))
-    with pytest.raises(ValueError, match="give data and critic again as they were"):
+    with pytest.raises(ValueError, match="give data, classes and critic again as they were"):
         train.main()
 
 

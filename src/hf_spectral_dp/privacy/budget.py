@@ -18,7 +18,7 @@ from dp_accounting.privacy_accountant import NeighboringRelation
 from scipy.optimize import brentq
 from scipy.special import log_ndtr
 
-_RELATIONS = {
+RELATIONS = {
     "add-or-remove-one": NeighboringRelation.ADD_OR_REMOVE_ONE,
     "zero-out-one": NeighboringRelation.REPLACE_SPECIAL,
 }
@@ -53,18 +53,22 @@ def check_delta(delta: float, num_examples: int) -> None:
 
 @lru_cache(maxsize=4)  # a distribution may take hundreds of MiB
 def _pld(event: dp_event.DpEvent, adjacency: str, grid: float) -> PLDAccountant:
-    return PLDAccountant(_RELATIONS[adjacency], value_discretization_interval=grid).compose(event)
+    return PLDAccountant(RELATIONS[adjacency], value_discretization_interval=grid).compose(event)
 
 
 @lru_cache(maxsize=4096)
 def _epsilon(event: dp_event.DpEvent, delta: float, adjacency: str, grid: float) -> float:
-    lost = _ROUNDING * _compositions(event)
-    if lost > delta / 2:
+    if delta < (least := least_delta(event)):
         raise ValueError(
             f"delta={delta:.3g} is too small for the accountant after {_compositions(event)} noisy sums, whose rounding"
-            f" errors may add up to {lost:.3g}; take a delta of at least {2 * lost:.2g}, or fewer steps."
+            f" errors may add up to half of {least:.3g}; take a delta of at least that, or fewer steps."
         )
-    return round_up(float(_pld(event, adjacency, grid).get_epsilon(delta - lost)))
+    return round_up(float(_pld(event, adjacency, grid).get_epsilon(delta - least / 2)))
+
+
+def least_delta(event: dp_event.DpEvent) -> float:
+    """The smallest delta at which the epsilon of an event can be told: twice what rounding errors may add up to."""
+    return 2 * _ROUNDING * _compositions(event)
 
 
 def _compositions(event: dp_event.DpEvent) -> int:
@@ -92,8 +96,8 @@ def epsilon_of(
             rows, which adding or removing a row changes.
         dp_accounting.UnsupportedEventError: an event that the accountant has no proof for.
     """
-    if adjacency not in _RELATIONS:
-        raise ValueError(f"adjacency={adjacency!r} is not one of {', '.join(_RELATIONS)}.")
+    if adjacency not in RELATIONS:
+        raise ValueError(f"adjacency={adjacency!r} is not one of {', '.join(RELATIONS)}.")
     parts = event.events if isinstance(event, dp_event.ComposedDpEvent) else (event,)
     truncated = dp_event.TruncatedSubsampledGaussianDpEvent
     if adjacency != "zero-out-one" and any(isinstance(getattr(part, "event", part), truncated) for part in parts):
@@ -104,7 +108,7 @@ def epsilon_of(
 def deltas_of(event: dp_event.DpEvent, epsilons: Sequence[float], adjacency: str = "add-or-remove-one") -> list[float]:
     """The delta of `event` at each epsilon >= 0, by PLD: upper bounds, as `epsilon_of` is."""
     epsilon_of(event, 0.5, adjacency)  # refuses what it has no proof for
-    lost = _ROUNDING * _compositions(event)
+    lost = least_delta(event) / 2
     return [min(1.0, float(delta) + lost) for delta in _pld(event, adjacency, _GRID).get_delta(list(epsilons))]
 
 

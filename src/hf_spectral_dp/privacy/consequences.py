@@ -8,8 +8,9 @@ import math
 from typing import Any
 
 from dp_accounting.dp_event import DpEvent
+from dp_accounting.rdp import RdpAccountant
 
-from .budget import PrivacyPlan, deltas_of, epsilon_of, gaussian_epsilon, round_up
+from .budget import RELATIONS, PrivacyPlan, deltas_of, epsilon_of, gaussian_epsilon, least_delta, round_up
 
 FALSE_POSITIVE_RATES = (0.01, 0.001)
 GROUP_SIZES = (2, 5, 10)
@@ -71,7 +72,7 @@ def group_epsilons(plan: PrivacyPlan, steps: int | None = None) -> list[dict[str
     """
     event, mu = plan.event(steps), gaussian_dp(plan, steps)
     shrunk = [plan.delta * 10 ** (-power / 2) for power in _SHRINKINGS]
-    pairs = [(epsilon_of(event, delta, plan.adjacency), delta) for delta in shrunk]
+    pairs = [(_epsilon_at(event, delta, plan.adjacency), delta) for delta in shrunk]
     groups = []
     for units in GROUP_SIZES:
         bound = gaussian_epsilon(1 / (units * mu), plan.delta) if mu else 0.0
@@ -80,6 +81,14 @@ def group_epsilons(plan: PrivacyPlan, steps: int | None = None) -> list[dict[str
                 bound = min(bound, round_up(units * epsilon))
         groups.append({"units": units, "epsilon": bound})
     return groups
+
+
+def _epsilon_at(event: DpEvent, delta: float, adjacency: str) -> float:
+    """Epsilon at any delta: by Renyi divergences where it is too small for PLD; infinite where these have no proof."""
+    if delta >= least_delta(event):
+        return epsilon_of(event, delta, adjacency)
+    accountant = RdpAccountant(neighboring_relation=RELATIONS[adjacency])
+    return float(accountant.compose(event).get_epsilon(delta)) if accountant.supports(event) else math.inf
 
 
 def _group_delta(units: int, epsilon: float, delta: float) -> float:
