@@ -420,14 +420,12 @@ MUTANTS = (
     ),
     Mutant(
         "hooks on backward see a private loss",
-        replaced=(
-            ("privacy/clipping.py", "torch.autograd.backward(values, torch.ones_like(values))", "values.sum().backward()"),
-        ),
+        replaced=((CLIPPING, "torch.autograd.backward(values, torch.ones_like(values))", "values.sum().backward()"),),
         killers=("test_trainer.py::test_no_hook_on_backward_sees_a_private_loss",),
     ),
     Mutant(
         "rounding errors of the accountant are not counted",
-        replaced=(("privacy/budget.py", ".get_epsilon(delta - least / 2)", ".get_epsilon(delta)"),),
+        replaced=((BUDGET, ".get_epsilon(delta - least / 2)", ".get_epsilon(delta)"),),
         killers=("test_budget.py::test_rounding_errors_of_many_sums_are_counted_where_delta_is_tiny",),
     ),
     Mutant(
