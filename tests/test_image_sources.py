@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from test_image_decoding import encoded
 
 from hf_spectral_dp.image_sources import load_images
@@ -89,3 +90,25 @@ def test_a_half_read_stream_does_not_hang_the_exit(parquet_folder, ending):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout == "read\n" and done.returncode == ("raise" in ending), done.stderr
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        (["Training/a/0.png", "Training/b/0.png", "Testing/a/0.png"], r"\['Testing', 'Training'\], which would all be"),
+        (["a/0.png", "a/1.png", "b/brain-train-1.png"], r"2 of the 3 images .* in none of the splits \['train'\]"),
+        (["a/0.png", "b/stress-test-1.png"], r"1 of the 2 images .* in none of the splits \['test'\]"),
+    ],
+)
+@pytest.mark.parametrize("streaming", [True, False])
+def test_images_that_would_land_in_a_split_that_nobody_meant_are_refused(tmp_path, names, message, streaming):
+    for name in names:
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8)).save(tmp_path / "data" / name)
+    with pytest.raises(ValueError, match=message):
+        load_images(str(tmp_path / "data"), "train", streaming=streaming)
+
+
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist; name a folder, or a Hub id"):
+        load_images(str(tmp_path / "nowhere"), "train")

