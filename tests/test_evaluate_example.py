@@ -91,7 +91,7 @@ def test_what_cannot_work_is_refused_at_once(job, tmp_path, monkeypatch):
         (["--selection_epsilon", "1"], "belong together"),
         (["--extractor", "vgg"], "extractor 'vgg' is not known"),
         (["--extractor", "inception:nowhere.pt"], "nowhere.pt' is no file"),
-        (["--real", str(tmp_path / "nowhere")], "nowhere' holds no data"),
+        (["--real", str(tmp_path / "nowhere")], "nowhere' does not exist"),
         (["--real", str(tmp_path / "file")], "file' is a file; name the folder"),
         (["--split", "validation"], "split='validation' does not exist"),
     ):
