@@ -255,8 +255,7 @@ def build_token_store(
             feature = (getattr(dataset, "features", None) or {}).get(label_column)
             examples = _numbered(examples, feature.names if isinstance(feature, ClassLabel) else None, class_names)
         total = total_of(dataset)
-        _write(examples, model, image_processor, scratch, batch_size, total, progress, units, captions, views)
-        counts = json.loads((scratch / _FACTS).read_bytes())["report"]
+        counts = _write(examples, model, image_processor, scratch, batch_size, total, progress, units, captions, views)
         if label_column is not None and counts["unlabelled"] == counts["images"]:
             raise ValueError(
                 f"not one image has a class: label_column={label_column!r} holds none of class_names={class_names!r};"
@@ -356,8 +355,8 @@ def _write(
     units: FirstRows | None,
     captions: CaptionWriter | None,
     views: Views | None,
-) -> None:
-    """Streams the rows into `folder` and puts the facts beside them."""
+) -> dict[str, int]:
+    """Streams the rows into `folder` and puts the facts beside them; returns `TokenStore.report`."""
     config = model.config
     row_length = 1 + config.layout.length
     width, highest = row_length * (views.count if views else 1), max([config.null_token_id, *config.class_token_ids])
@@ -418,6 +417,7 @@ def _write(
         "views": views and asdict(views),
     }
     (folder / _FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    return report
 
 
 def _start_tokens(labels: Sequence[Any], config: Any, first_row: int) -> np.ndarray:
