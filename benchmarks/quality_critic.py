@@ -26,7 +26,7 @@ from hf_spectral_dp.super_resolution_training import MENDING, mend_towards, publ
 from hf_spectral_dp.trainer import LEDGER
 
 CHOICES = 8  # images of which the private mean keeps one
-CLASS_ATTEMPTS = 20  # images drawn at most until the critic of classes takes one for its class
+CLASS_ATTEMPTS = 20  # images drawn for each at most, until the critic of classes takes one for its class
 CLASS_SHARE = 0.3  # of epsilon, for the private critic of classes
 MEAN_SHARE = 0.1  # of epsilon, for the private mean
 SHARE = 0.1  # of the photos that are learned from for each class

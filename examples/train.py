@@ -45,7 +45,7 @@ from hf_spectral_dp.whole_files import replace_files
 
 MENDED = "super-resolution went on from public photos, weighed so that their features have the private mean"
 DRAWN = {
-    "classes": "up to {} images are drawn, until the critic takes one for its class",
+    "classes": "images are drawn, up to {} for each, until the critic takes one for every class asked for",
     "mean": "of {} images drawn the critic keeps one, so that images kept have the private mean of public features",
 }
 

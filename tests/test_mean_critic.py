@@ -32,9 +32,9 @@ def kept(critic: MeanCritic, drawn: torch.Tensor, seed: int = 0) -> torch.Tensor
     """Directions of the kept ones of sets (N, M, 6), where features stand for the images that show them."""
     critic.features = lambda images: images
     generator = torch.Generator().manual_seed(seed)
-    scores, enough = zip(*(critic.judge(images, None, generator) for images in drawn.unbind(1)), strict=True)
+    scores, shown = zip(*(critic.judge(images, None, generator) for images in drawn.unbind(1)), strict=True)
     del critic.features
-    assert not torch.stack(enough).any()  # it chooses among all
+    assert torch.stack(shown).eq(-1).all()  # it chooses among all
     chosen = torch.stack(scores, 1).argmax(1)
     return F.normalize(drawn[torch.arange(len(drawn)), chosen], dim=1)
 

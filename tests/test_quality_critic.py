@@ -66,7 +66,7 @@ def test_of_the_attempts_the_one_stays_that_the_critic_likes_best(generator):
 
         def judge(self, shown: torch.Tensor, labels: torch.Tensor, generator: object) -> tuple:
             light = shown.mean((1, 2, 3)) * (2 * labels - 1)
-            return light, torch.zeros_like(light, dtype=torch.bool)
+            return light, torch.full(light.shape, -1)
 
     labels = torch.arange(40) % 2
     plain = generator.sample(labels, torch.Generator().manual_seed(0)).mean((1, 2, 3))

@@ -3,7 +3,7 @@
 A few noisy sums over all private images cost little of a budget and say which class a picture looks like. What the
 critic then says of public photos, or of what the generator draws, is post-processing. So the public model can learn the
 private classes from public photos before private training begins (PrivImage, arXiv:2311.12850, chooses public classes
-by a private query), and the pipeline can draw again what does not look like its class.
+by a private query), and the pipeline can sort what is drawn by what it shows, and draw again what nobody wants.
 
 That critic is trained on images as the generator makes them: through codec and super-resolution, not the originals.
 `mean_critic.MeanCritic` chooses among what the generator draws by another knowledge, for images without classes, too.
@@ -80,7 +80,9 @@ class Critic(HubModel, PreTrainedModel):
     def judge(
         self, images: Tensor, labels: Tensor | None, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
-        """What the critic makes of images: scores (B,), the highest stays; and (B,), whether it needs to see no other.
+        """What the critic makes of images: scores (B,), the highest stays; and (B,), the class that it takes each for.
+
+        Class -1 tells nothing: the critic needs to see all images that there are for a place.
 
         Args:
             images: (B, C, H, W) in [-1, 1].
@@ -101,8 +103,10 @@ def draw_by_choice(
     generator: torch.Generator | None = None,
     on_kept: Callable[[int], object] = lambda number: None,
 ) -> Tensor:
-    """Images as a critic chooses them: in every place the first that it needs no other beside, or else the best.
+    """Images as a critic chooses them: in every place the first that it takes for the class of the place, or the best.
 
+    What it takes for another class goes to a place that waits for that class, if there is one: a generator mistakes
+    classes, and what shows one unasked is as good, and other than what shows it on request. No image stays twice.
     Post-processing of the releases of generator and critic; no private image is looked at.
 
     Args:
@@ -116,24 +120,39 @@ def draw_by_choice(
     Returns:
         What `draw` returned of the images that stay, (count, ...).
     """
-    waiting, best, kept = torch.arange(count), torch.full((count,), -torch.inf), torch.empty(0)
+    asked = torch.full((count,), -1) if labels is None else labels.cpu()
+    best, kept = torch.full((count,), -torch.inf), torch.empty(0)
+    held, settled, final = torch.zeros(3, count, dtype=torch.bool)
     for attempt in range(attempts):
-        still = []
-        for places in waiting.split(batch_size):
-            images, shown = draw(places, attempt)
-            scores, enough = (
-                value.cpu() for value in critic.judge(shown, None if labels is None else labels[places], generator)
+        last = attempt + 1 == attempts
+        waiting = torch.arange(count)
+        while len(waiting := waiting[~settled[waiting]]):
+            places, waiting = waiting[:batch_size], waiting[batch_size:]
+            images, looks = draw(places, attempt)
+            scores, shown = (
+                value.cpu() for value in critic.judge(looks, None if labels is None else labels[places], generator)
             )
+            own = (shown == asked[places]) & (shown >= 0)
+            settled[places[own]] = True
+            free = ~own & (shown >= 0) & (held[places] | (not last))  # no place may end without an image
+            targets = places.clone()
+            for label in shown[free].unique():
+                spare = (free & (shown == label)).nonzero()[:, 0]
+                vacant = (~settled & (asked == label)).nonzero()[: len(spare), 0]
+                targets[spare[: len(vacant)]] = vacant
+                settled[vacant] = True
+            given = targets != places
+            better = ~settled[places] & ((scores > best[places]) | ~held[places])  # the first, be its score no number
+            stays = given | own | better
             if len(kept) < count:
                 kept = images.new_empty(count, *images.shape[1:])
-            better = enough | (scores > best[places]) | (attempt == 0)  # the first even where its score is no number
-            kept[places[better]] = images[better.to(images.device)]
-            best[places[better]] = scores[better].to(best.dtype)
-            still.append(places[~enough])
-            on_kept(len(places) if attempt + 1 == attempts else int(enough.sum()))
-        waiting = torch.cat(still)
-        if not len(waiting):
-            break
+            kept[targets[stays]] = images[stays.to(images.device)]
+            held[targets[stays]] = True
+            best[places[better & ~given]] = scores[better & ~given].to(best.dtype)
+            before = int(final.sum())
+            final |= settled
+            final[places] |= last
+            on_kept(int(final.sum()) - before)
     return kept
 
 
@@ -229,7 +248,7 @@ class ClassCritic(Critic):
     def judge(
         self, images: Tensor, labels: Tensor | None, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
-        """How likely images show their label, and whether no class is likelier. Nothing is random.
+        """How likely images show their label, and the class that each shows likeliest. Nothing is random.
 
         So an image that the critic takes for its class stays, and not the one that shows it likeliest: among those the
         images would be alike, and classifiers learn less from them.
@@ -237,7 +256,7 @@ class ClassCritic(Critic):
         assert labels is not None
         logits = self(images.to(self.device))
         asked = labels.to(logits.device)  # where the critic went, if it is offloaded
-        return logits.log_softmax(1).gather(1, asked[:, None])[:, 0], logits.argmax(1) == asked
+        return logits.log_softmax(1).gather(1, asked[:, None])[:, 0], logits.argmax(1)
 
 
 __all__ = ["ClassCritic", "Critic", "CriticConfig", "check_critic", "draw_by_choice"]

@@ -114,7 +114,7 @@ class MeanCritic(Critic, PreTrainedModel):  # diffusers loads components whose m
         device = self.device if generator is None else generator.device
         waiting = torch.empty(odds.shape, device=device).exponential_(generator=generator).log()
         # The first of competing exponential clocks is the one of these odds (Gumbel's maximum).
-        return odds - waiting.to(odds.device), torch.zeros_like(odds, dtype=torch.bool)
+        return odds - waiting.to(odds.device), torch.full(odds.shape, -1)
 
 
 def _exponent(drawn: Tensor, mean: Tensor, ridge: float) -> Tensor:

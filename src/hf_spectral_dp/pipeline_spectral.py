@@ -289,13 +289,13 @@ class DPSpectralPipeline(DiffusionPipeline):
                 "tokens" (B, timestep) of one batch: `pipeline.model.decode(tokens)` shows the image growing.
             negative_prompt: what the images should not show; one for all prompts, or one each. Needs guidance.
             num_images_per_prompt: `num_images`, by the name that diffusers has for it.
-            attempts: above 1, with a critic of classes: images that it takes for another class than theirs are drawn
-                again, up to so many times in all; then the one stays that shows its class likeliest. With a critic of
-                the mean so many are drawn for each, and it keeps one. Without: images that the model itself takes for
-                another class are drawn again, see `SpectralTokenizerForCausalLM.sample`. Labels are then right more
-                often, and what lies between two classes is rarer than the model knows it to be. None takes the saved
-                value (with `num_scales`, or without labels unless a critic knows no classes, there is no telling, and
-                it is 1).
+            attempts: above 1, with a critic of classes: images that it takes for another class than theirs go where the
+                call wants that one, or are drawn again, up to so many times; then the likeliest for its class stays
+                (`critic.draw_by_choice`). With a critic of the mean so many are drawn for each, and it keeps one.
+                Without: images that the model itself takes for another class are drawn again, see
+                `SpectralTokenizerForCausalLM.sample`. Labels are then right more often, and what lies between two
+                classes is rarer. None takes the saved value (with `num_scales`, or without labels unless a critic
+                knows no classes, there is no telling, and it is 1).
 
         Returns:
             `ImagePipelineOutput` with `images`.
