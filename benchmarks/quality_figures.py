@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.judge import FaceFeatures, judged
+from benchmarks.quality_classifiers import LARGE, large_utility
 from benchmarks.quality_data import ImageSet, Labelled
 from hf_spectral_dp.metrics.distances import frechet_distance
 from hf_spectral_dp.metrics.evaluation import evaluate_images
@@ -43,7 +44,8 @@ def figures(
     if classifier_steps:
         smaller = [F.avg_pool2d(_bare(some, kind), block).to(device) for some in (images[0], test[0])]
         labels = [some.to(device) for some in (images[1], test[1])]
-        results = classifier_utility(
+        utility = large_utility if set(architectures) <= set(LARGE) else classifier_utility
+        results = utility(
             smaller[0], labels[0], smaller[1], labels[1], architectures=architectures, seeds=seeds,
             steps=classifier_steps,
         )  # fmt: skip

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.quality_classifiers import LARGE
 from benchmarks.quality_data import ImageSet
 from hf_spectral_dp.metrics.utility import DIFFERENT, PUBLISHED
 
@@ -68,13 +69,13 @@ SIZES = {
         20000, 1500, 44000, 500, 4000, 240, 2048, 2000, 0, 1, 2, 1000, (64, 128), 50, public_batch=256,
         micro_batch=2048, wide=True, detail_steps=1600,
     ),  # fmt: skip
-    # Four times the steps of "photos", and enough images for classifiers of the published kinds.
+    # Four times the steps of "photos", and classifiers that learn from photos what is in them.
     "objects": Size(
-        50000, 10000, 44000, 2000, 4000, 240, 2048, 2000, 2000, 1, 1, 2000, (16, 32), 20, 0.6, PUBLISHED,
+        50000, 10000, 44000, 2000, 4000, 240, 2048, 2000, 3000, 1, 1, 2000, (16, 32), 20, 0.6, tuple(LARGE),
         photos=44000, taught=1500,
     ),  # fmt: skip
     "objects-gpu": Size(
-        50000, 10000, 44000, 2000, 6000, 240, 2048, 4000, 2000, 1, 1, 2000, (64, 128), 50, 2.0, PUBLISHED,
+        50000, 10000, 44000, 2000, 6000, 240, 2048, 4000, 3000, 1, 1, 2000, (64, 128), 50, 2.0, tuple(LARGE),
         public_batch=256, micro_batch=2048, wide=True, photos=44000, taught=1500,
     ),  # fmt: skip
     # As many generated images as the published comparisons take (DPImageBench: 60,000), and the same kinds of networks.

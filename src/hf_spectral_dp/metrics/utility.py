@@ -149,6 +149,29 @@ class UtilityResult:
     per_class: tuple[ClassAccuracy, ...]
     n: int
 
+    @classmethod
+    def of(cls, architecture: str, right: Tensor, labels: Tensor, classes: int) -> "UtilityResult":
+        """The result of which seed has which test image right (seeds, n) bool; labels: classes (n,) of the images."""
+
+        def share(which: Tensor) -> tuple[float, float, float, int]:
+            n = int(which.sum())
+            found = float(right[:, which].double().mean()) if n else 0.0
+            low, high = rate_bounds(found * n, n, 0.025) if n else (0.0, 1.0)
+            return round(found, 4), round(low, 4), round(high, 4), n
+
+        accuracies = [float(accuracy) for accuracy in right.double().mean(1)]
+        _, low, high, n = share(torch.ones_like(labels, dtype=torch.bool))
+        return cls(
+            architecture=architecture,
+            accuracies=tuple(round(accuracy, 4) for accuracy in accuracies),
+            accuracy=round(fmean(accuracies), 4),
+            spread=round(stdev(accuracies), 4) if len(accuracies) > 1 else 0.0,
+            low=low,
+            high=high,
+            per_class=tuple(ClassAccuracy(label, *share(labels == label)) for label in range(classes)),
+            n=n,
+        )
+
 
 def classifier_utility(
     images: Tensor,
@@ -214,7 +237,7 @@ def classifier_utility(
             else:
                 best = private_choice(counts, selection_epsilon / (len(architectures) * seeds))
             right.append(guesses[best] == test_labels)
-        results.append(_result(name, torch.stack(right).double(), test_labels, classes))
+        results.append(UtilityResult.of(name, torch.stack(right), test_labels, classes))
     return results
 
 
@@ -320,29 +343,6 @@ def _trained(
 @torch.no_grad()
 def _guesses(network: nn.Module, images: Tensor) -> Tensor:
     return torch.cat([network(batch).argmax(1) for batch in images.split(500)])
-
-
-def _result(architecture: str, right: Tensor, labels: Tensor, classes: int) -> UtilityResult:
-    """From which seed (S,) had which test image (M,) right."""
-
-    def share(which: Tensor) -> tuple[float, float, float, int]:
-        n = int(which.sum())
-        found = float(right[:, which].mean()) if n else 0.0
-        low, high = rate_bounds(found * n, n, 0.025) if n else (0.0, 1.0)
-        return round(found, 4), round(low, 4), round(high, 4), n
-
-    accuracies = [float(accuracy) for accuracy in right.mean(1)]
-    _, low, high, n = share(torch.ones_like(labels, dtype=torch.bool))
-    return UtilityResult(
-        architecture=architecture,
-        accuracies=tuple(round(accuracy, 4) for accuracy in accuracies),
-        accuracy=round(fmean(accuracies), 4),
-        spread=round(stdev(accuracies), 4) if len(accuracies) > 1 else 0.0,
-        low=low,
-        high=high,
-        per_class=tuple(ClassAccuracy(label, *share(labels == label)) for label in range(classes)),
-        n=n,
-    )
 
 
 __all__ = [

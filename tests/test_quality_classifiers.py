@@ -1,0 +1,66 @@
+"""The larger classifiers of the quality benchmark: what they learn, what they see, and that nothing is chosen."""
+
+import pytest
+import torch
+
+from benchmarks import quality_classifiers
+from benchmarks.quality_classifiers import BATCH, LARGE, SHIFT, _batches, _views, large_utility
+
+
+def striped(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images (count, 3, 32, 32) of noise with stripes that lie or stand, and which of both."""
+    labels = torch.arange(count) % 2
+    stripes = torch.where(torch.arange(32) % 8 < 4, 0.5, -0.5).expand(32, 32)
+    images = torch.stack([stripes.T if label else stripes for label in labels])[:, None].repeat(1, 3, 1, 1)
+    return (images + 0.3 * torch.randn(images.shape, generator=generator)).clamp(-1, 1), labels
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_each_learns_what_mirroring_and_moving_leave_as_it_is(name, monkeypatch):
+    monkeypatch.setattr(quality_classifiers, "BATCH", 32)  # for speed
+    generator = torch.Generator().manual_seed(0)
+    seen, unseen = striped(256, generator), striped(40, generator)
+    (result,) = large_utility(*seen, *unseen, architectures=[name], seeds=1, steps=60)
+    assert result.architecture == name and result.n == 40
+    assert result.accuracy > 0.9, result
+
+
+def test_test_images_neither_choose_nor_change_anything():
+    """Whatever is beside them, and whatever their labels, the same are right."""
+    generator = torch.Generator().manual_seed(0)
+    seen, (test, truth) = striped(128, generator), striped(60, generator)
+
+    def right(some: slice, labels: torch.Tensor) -> float:
+        (result,) = large_utility(*seen, test[some], labels[some], architectures=["resnet9"], seeds=1, steps=2)
+        return result.accuracy * result.n
+
+    whole = right(slice(None), truth)
+    assert right(slice(30), truth) + right(slice(30, None), truth) == pytest.approx(whole, abs=0.01)
+    assert right(slice(None), 1 - truth) == pytest.approx(60 - whole, abs=0.01)
+
+
+def test_every_image_comes_once_before_any_comes_again():
+    batches = _batches(3 * BATCH + 5, torch.Generator().manual_seed(0))
+    seen = torch.cat([next(batches) for _ in range(3)])
+    assert len(seen.unique()) == 3 * BATCH
+    assert len(next(batches)) == BATCH
+
+
+def test_views_are_cuts_of_the_image_or_its_mirror_image_with_a_mirrored_border():
+    images = torch.arange(2 * 3 * 32 * 32, dtype=torch.float32).view(2, 3, 32, 32)
+    shown = _views(images.repeat(50, 1, 1, 1), torch.Generator().manual_seed(0))
+    looks = set()
+    for index, view in enumerate(shown):
+        image = images[index % 2]
+        cuts = {
+            (flipped, y, x): wide[:, y : y + 32, x : x + 32]
+            for flipped, look in ((False, image), (True, image.flip(-1)))
+            for wide in [torch.nn.functional.pad(look[None], [SHIFT] * 4, mode="reflect")[0]]
+            for y in range(2 * SHIFT + 1)
+            for x in range(2 * SHIFT + 1)
+        }
+        found = [key for key, cut in cuts.items() if torch.equal(cut, view)]
+        assert found, index
+        looks.add(found[0])
+    assert {flipped for flipped, _, _ in looks} == {False, True}
+    assert len({y for _, y, _ in looks}) > SHIFT and len({x for _, _, x in looks}) > SHIFT
