@@ -420,6 +420,16 @@ def test_a_loss_in_which_rows_see_each_other_is_refused_before_anything_is_charg
     assert trainer.epsilon_spent == 0 and read_ledger(tmp_path / LEDGER)["charged"] == 0
 
 
+def test_a_layer_that_is_dropped_for_a_whole_batch_is_refused_before_anything_is_charged(tmp_path):
+    model = tiny_model()
+    alone = model.per_example_loss
+    model.per_example_loss = lambda input_ids: alone(input_ids) * (not model.training or float(torch.rand(())) < 0.5)
+    trainer = DPTrainer(model, arguments(tmp_path), Rows())
+    with pytest.raises(ValueError, match="draws at random for several examples at once"):
+        trainer.train()
+    assert trainer.epsilon_spent == 0 and read_ledger(tmp_path / LEDGER)["charged"] == 0
+
+
 def test_weights_that_are_unfrozen_after_the_trainer_was_made_are_refused(tmp_path):
     model = tiny_model()
     model.model.requires_grad_(False)

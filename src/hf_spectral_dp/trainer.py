@@ -28,7 +28,7 @@ from .checkpoint_files import CheckpointError, clear_staging, newest_whole, veri
 from .privacy.clipping import PerExampleClipper
 from .privacy.ledger import LedgerError, PrivacyLedger, read_ledger
 from .privacy.mechanism import NoisyClippedMean
-from .privacy.noise import system_generator
+from .privacy.noise import secret_coins, system_generator
 from .privacy_report import run_report
 from .private_marks import UNRECORDED, configured, mark, refuse_uncounted
 from .quiet_trainer import QuietTrainer
@@ -62,7 +62,7 @@ class DPTrainer(QuietTrainer):
     public and were not chosen by looking at the rows; whatever was trained on them before, the model included, was
     trained by the runs of `args.earlier_ledgers`, whose units are the same; a row as the data set gives it, and its
     `per_example_loss`, depend on that row, the weights, releases of those runs and what they draw from the global
-    generators of torch, NumPy and Python alone, whose keys are new and secret in every step
+    generators of torch, NumPy and Python alone, for that row by itself; their keys are new and secret in every step
     (`privacy.noise.secret_coins`; a generator of one's own with a seed would not be); the text encoder is public, too;
     the time a step takes is not observed, also not as the times of a tracker's records; the checkpoints' optimizer
     states are covered by the guarantee, the token store is not, nor is the file `privacy_ledger.jsonl`, which holds a
@@ -245,10 +245,13 @@ class DPTrainer(QuietTrainer):
         """Once, before a charge: two rows of the first batch that has them, see `PerExampleClipper.check_apart`.
 
         It refuses a model, whatever the rows; the message says nothing of them, and nothing was released before it.
+        What is drawn at random must be drawn for each of them, see `PerExampleClipper.check_coins`.
         """
         model.eval()
         self._clipper.check_apart(lambda some: self._losses(model, _some(rows, some)))
         model.train()
+        with secret_coins(self.args.device):
+            self._clipper.check_coins(lambda some: self._losses(model, _some(rows, some)))
         self._apart = True
 
     def _check_alike(self) -> None:

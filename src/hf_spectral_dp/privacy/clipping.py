@@ -3,14 +3,17 @@
 Exact for the layers that `recording` knows, and for all others by `fallback`: no bound takes the place of a norm.
 """
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .book import SLACK, Book, precise
 from .recording import Recorder
@@ -84,7 +87,8 @@ class PerExampleClipper:
         Args:
             losses: runs the model and returns one loss per example, (batch_size,). The loss of one example must not
                 depend on another: no mean over the batch, no divisor that counts tokens of the batch. Where it draws at
-                random (dropout), call this inside `noise.secret_coins`, as `NoisyClippedMean` does.
+                random (dropout), for each example by itself (`check_coins`), call this inside `noise.secret_coins`, as
+                `NoisyClippedMean` does.
             batch_size: number of examples; with 0 nothing is run.
             padding: how many of them, the last ones, stand for nobody and count exactly zero.
 
@@ -148,6 +152,41 @@ class PerExampleClipper:
                 " (batch_first=True)."
             )
 
+    @torch.no_grad()
+    def check_coins(self, losses: Callable[[Tensor], Tensor]) -> None:
+        """Tries on two examples whether what their losses draw at random is drawn for each by itself; adds nothing.
+
+        A coin for a whole forward pass, such as that of a layer that is dropped or kept for all of its examples, binds
+        examples together: which ones share it depends on how many come before them, so that one example more changes
+        the shares of many. Call it in training mode, inside `noise.secret_coins`.
+
+        Args:
+            losses: as `check_apart` takes it.
+
+        Raises:
+            ValueError: with two examples something is drawn that is not twice as large as with one.
+        """
+        states = random.getstate(), np.random.get_state()
+
+        def drawn(some: list[int]) -> tuple[set[int], float, float]:
+            """How many numbers torch draws at a time, and the next of Python and NumPy after the same ones before."""
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            with _Draws() as draws:
+                if some:
+                    with self._recorder.recording(len(some)):
+                        losses(torch.tensor(some))
+            return draws.sizes, random.random(), np.random.random()
+
+        none, alone, both = drawn([]), [drawn([0]), drawn([1])], drawn([0, 1])
+        twice = {2 * size for sizes, *_ in alone for size in sizes}
+        if both[0] - twice or any(both[i] != none[i] and both[i] in (alone[0][i], alone[1][i]) for i in (1, 2)):
+            raise ValueError(
+                "the model draws at random for several examples at once, as by dropping a layer for a whole batch, so"
+                " that one example more changes the gradients of others: let it draw for each example by itself, or"
+                " not at all (layerdrop=0)."
+            )
+
     def take(self) -> dict[str, Tensor]:
         """The clipped sum since the last call, by parameter name, at least float32; zeros where nothing was added.
 
@@ -202,6 +241,20 @@ class PerExampleClipper:
             self._recorder.shares_inputs = False
             return self._record(losses, batch_size)
         return book
+
+
+class _Draws(TorchDispatchMode):
+    """Notes how many numbers each random operation of torch draws."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.sizes.add((result[0] if isinstance(result, tuple | list) else result).numel())
+        return result
 
 
 @contextmanager

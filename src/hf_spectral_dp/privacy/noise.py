@@ -110,9 +110,10 @@ def secret_coins(device: torch.device | str = "cpu") -> Iterator[None]:
 
     Formal guarantee: coins drawn inside are secret, independent, and of one law for all rows, whatever place a row has.
     Let them be drawn first: given these, a row is one fixed function of the weights, so what holds for a step given its
-    coins holds for the mixture, by joint convexity. Assumption: as for noise on a GPU, these generators look random
-    to the adversary, though none is cryptographic. On a GPU the key has 64 bits; on a CPU the whole state comes from
-    the cipher.
+    coins holds for the mixture, by joint convexity. Assumptions: every number is drawn for one row, since which rows
+    of a step share another one depends on their number (`PerExampleClipper.check_coins`); and, as for noise on a GPU,
+    these generators look random to the adversary, though none is cryptographic. On a GPU the key has 64 bits; on a CPU
+    the whole state comes from the cipher.
 
     Args:
         device: where the model computes. All generators go on afterwards as if nothing had been drawn.
