@@ -19,7 +19,7 @@ def test_marks_are_those_of_all_networks_each_once():
     assert marks() == marks(network()) == []
 
 
-def test_a_wrapper_without_a_config_hides_no_mark():
+def test_a_wrapper_hides_no_mark():
     marked, wrapper = nn.Linear(1, 1), nn.Sequential(nn.Linear(1, 1), nn.Sequential(nn.Linear(1, 1)))
     marked.config = SimpleNamespace(private_runs=["a"])
     wrapper[1].append(marked)
@@ -27,8 +27,12 @@ def test_a_wrapper_without_a_config_hides_no_mark():
     with pytest.raises(ValueError, match="private run 'a'"):
         refuse_uncounted("it", wrapper)
     outer = nn.Sequential(marked)
-    outer.config = SimpleNamespace(private_runs=["b"])
-    assert configured(outer) == [outer]  # what speaks for itself speaks for its parts
+    outer.config = SimpleNamespace()  # of a kind that knows nothing of runs
+    assert configured(outer) == [outer] and marks(outer) == ["a"]  # what is trained is marked as one, and once
+    with pytest.raises(ValueError, match="private run 'a'"):
+        refuse_uncounted("it", outer)
+    outer.config.private_runs = ["b"]
+    assert marks(outer) == ["b", "a"]
 
 
 def test_a_network_of_diffusers_keeps_its_mark_in_the_file(tmp_path):

@@ -20,9 +20,12 @@ def configured(network: Any) -> list[Any]:
 
 
 def marks(*networks: Any) -> list[str]:
-    """The runs that the configs of some networks name, each once; networks without a config name none."""
-    parts = (part for network in networks for part in configured(network))
-    named = (getattr(part.config, "private_runs", None) or [] for part in parts)
+    """The runs that the configs of some networks, and of whatever lies inside, name, each once.
+
+    A config around a marked part is no reason to pass over it: it may know nothing of runs.
+    """
+    parts = (part for network in networks for part in (network.modules() if hasattr(network, "modules") else [network]))
+    named = (getattr(getattr(part, "config", None), "private_runs", None) or [] for part in parts)
     return list(dict.fromkeys(run for runs in named for run in runs))
 
 
