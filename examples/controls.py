@@ -20,7 +20,7 @@ from hf_spectral_dp import DPSpectralPipeline, SpectralConfig
 from hf_spectral_dp.assessment import draw_images, shown
 from hf_spectral_dp.metrics.utility import classifier_accuracy
 from hf_spectral_dp.pipeline_spectral import SAMPLING_VALUES
-from hf_spectral_dp.private_marks import UNRECORDED
+from hf_spectral_dp.private_marks import UNRECORDED, marks
 from hf_spectral_dp.real_images import read_real_images
 from hf_spectral_dp.token_store import TokenStore
 
@@ -83,7 +83,8 @@ def compare(
 
     Args:
         section: the config's `evaluation`; data: the config's `data`.
-        pipeline: the trained pipeline; prior, detail: the public model and super-resolution that it started from.
+        pipeline: the trained pipeline; prior, detail: the model and super-resolution that it started from, which are
+            no floor where an earlier private run made them.
         store: the private token rows; args: the training arguments.
         test: `real_images` of the section, read before anything was spent.
     """
@@ -102,8 +103,9 @@ def compare(
 
     publishable: dict[str, Callable[[], Labelled]] = {
         f"images generated at epsilon {args.target_epsilon:g}": lambda: generated(pipeline, pipeline.model, each),
-        "floor: images of the public model (epsilon 0)": lambda: generated(floor, prior, each),
     }
+    if not marks(prior, detail):  # what an earlier run made is no public model
+        publishable["floor: images of the public model (epsilon 0)"] = lambda: generated(floor, prior, each)
     private: dict[str, Callable[[], Labelled]] = {
         "twin: images of a model trained without privacy": twin,
         "ceiling: real training images through the codec": lambda: through_codec(pipeline, store),

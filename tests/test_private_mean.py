@@ -98,7 +98,7 @@ def test_detail_learns_from_public_photos_and_the_card_says_so(with_photos, job,
 
 
 def test_the_floor_has_the_public_networks_detail(with_photos, tmp_path, monkeypatch):
-    """Epsilon 0 would be false for a network that learned from what a private mean weighed."""
+    """Epsilon 0 would be false for a network that learned from what a private mean weighed, or an earlier run made."""
     given = []
 
     def drawn(pipeline, model, count, seed, batch_size):
@@ -118,6 +118,10 @@ def test_the_floor_has_the_public_networks_detail(with_photos, tmp_path, monkeyp
     section = with_photos["data"]
     controls.compare(section, section, pipeline, public, detail, None, args, (None, torch.zeros(2)))
     assert [network is learned for network, _ in given] == [True, False, True] and given[1] == (detail, public)
+    given.clear()
+    public.config.private_runs = ["ab" * 32]  # counted, or training would have refused it
+    rows = controls.compare(section, section, pipeline, public, detail, None, args, (None, torch.zeros(2)))
+    assert len(given) == 2 and not any("epsilon 0" in row["metric"] for row in rows)
 
 
 @pytest.mark.parametrize(
