@@ -9,6 +9,7 @@ from typing import Any
 
 from hf_spectral_dp import DPTrainer, DPTrainingArguments
 from hf_spectral_dp.feature_rows import critic_arguments, mean_arguments
+from hf_spectral_dp.private_marks import marks
 from hf_spectral_dp.token_store import TokenStore
 from hf_spectral_dp.trainer import LEDGER
 from hf_spectral_dp.whole_files import new_folder
@@ -27,11 +28,18 @@ def ledger_of(output: Path) -> Path:
     return output / "critic_training" / LEDGER
 
 
-def trained(critic: Any, rows: Any, section: dict[str, Any], args: DPTrainingArguments, output: Path) -> Any:
-    """A critic after its private run on `rows`, saved to output/critic by the first process."""
+def trained(
+    critic: Any, rows: Any, section: dict[str, Any], args: DPTrainingArguments, output: Path, *shown_by: Any
+) -> Any:
+    """A critic after its private run on `rows`, saved to output/critic by the first process.
+
+    It has the marks of the networks that its rows are `shown_by`, too: they may come out of earlier runs, which the
+    training counts, but not the ledger of the critic.
+    """
     private = DPTrainer(critic, private_arguments(section, args, output), rows)
     private.train()
     critic = private.merged_model().cpu().eval()
+    critic.config.private_runs = marks(critic, *shown_by)
     if private.is_world_process_zero():
         new_folder(output / "critic", critic.save_pretrained)
         print(f"critic: epsilon {private.epsilon_spent:.4f} of {args.target_epsilon:g}", flush=True)

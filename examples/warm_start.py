@@ -96,7 +96,7 @@ def taught(
     public = broadcast(features_of_rows(photos, features)[1].to(args.device)).cpu()
     if not known:
         critic.fit(public)
-        critic = trained(critic, FeatureRows(store, model, features), section, args, output)
+        critic = trained(critic, FeatureRows(store, model, features), section, args, output, model, detail)
     chosen = Chosen(photos, critic.likeliest(public, section.get("share", SHARE)), model)
     training = TrainingArguments(
         output_dir=str(output / "public_training"), max_steps=section.get("public_steps", PUBLIC_STEPS),

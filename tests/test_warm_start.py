@@ -10,8 +10,9 @@ from conftest import tiny_model
 from test_critic import network
 from test_examples import images, job, run, run_here  # noqa: F401  (job is a fixture)
 
-from hf_spectral_dp import DPSpectralPipeline, DPTrainingArguments, PrivacyCard, SpectralImageProcessor
+from hf_spectral_dp import ClassCritic, DPSpectralPipeline, DPTrainingArguments, PrivacyCard, SpectralImageProcessor
 from hf_spectral_dp.cli import main as cli
+from hf_spectral_dp.feature_rows import RowsInMemory
 from hf_spectral_dp.privacy.ledger import read_ledger
 from hf_spectral_dp.token_store import build_token_store
 
@@ -131,6 +132,18 @@ def test_a_critic_is_as_secure_as_the_run_that_it_belongs_to():
         output_dir="x", target_epsilon=10.0, expected_batch_size=8, use_cpu=True, secure_mode=True
     )
     assert critics.private_arguments({"target_epsilon": 1.0}, args, Path("x")).secure_mode
+
+
+def test_a_critic_names_the_runs_that_its_rows_were_shown_by(tmp_path):
+    """Its own ledger does not count them; taken elsewhere, it would hide what they cost."""
+    args = DPTrainingArguments(output_dir="x", target_epsilon=10.0, expected_batch_size=8, use_cpu=True)
+    critic = ClassCritic.on(network(), 2)
+    rows = RowsInMemory(torch.cat([torch.arange(40.0)[:, None] % 2, torch.randn(40, len(critic.mean))], 1))
+    model = tiny_model()
+    model.config.private_runs = ["ab" * 32]
+    critics.trained(critic, rows, {"target_epsilon": 1.0, "max_steps": 1}, args, tmp_path, model, None)
+    own = read_ledger(critics.ledger_of(tmp_path))["head"]
+    assert ClassCritic.from_pretrained(tmp_path / "critic").config.private_runs == [own, "ab" * 32]
 
 
 def test_every_photo_stands_for_the_class_that_it_was_chosen_for(tmp_path):
