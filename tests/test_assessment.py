@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 import torch
-from card_reports import report
+from card_reports import changed, report
 from PIL import Image
 
 from hf_spectral_dp import (
@@ -136,6 +136,8 @@ def test_the_card_takes_the_figures_with_their_marks(owners, strangers):
     limits = [row["claimed"] for row in attacks if row["quantity"] == "AUROC"]
     assert len(limits) == 5 and all(abs(found - limit) < 1e-4 for found in limits)
     assert 0.5 < limit < auroc_limit(claim["epsilon"], claim["delta"])  # one pair says less than all
+    persons = for_the_card(owners, changed(before, ("unit", "level"), "person"))
+    assert all(row["claimed"] is None for row in persons["audit"] if row["quantity"] == "AUROC")  # these are of rows
     looks = [access["what"] for access in card["data_accesses"] if not access["accounted"]]
     assert sum("held out" in what for what in looks) == 2 and not any("pictures" in what for what in looks)
     assert PrivacyCard(for_the_card(owners, card)).report == card  # once more changes nothing

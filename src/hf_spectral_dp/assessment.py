@@ -420,6 +420,18 @@ def for_the_card(assessment: Assessment, report: Mapping[str, Any]) -> dict[str,
     }
 
 
+def row_limit(report: Mapping[str, Any]) -> float | None:
+    """The AUROC that a report's claim leaves to attacks on one row; None if it says nothing of them.
+
+    Where persons are protected it does not: a person who lacks one row shows the others more often, which is another
+    change than that the person is missing, and can be easier to notice.
+    """
+    if report["unit"]["level"] == "person":
+        return None
+    event = event_from_dict(report["accounting"]["event"])
+    return auroc_limit_of(privacy_pairs(event, report["adjacency"]["relation"]))
+
+
 def _short(value: float) -> float:
     return float(f"{value:.4g}")
 
@@ -454,8 +466,7 @@ def _audit_rows(assessment: Assessment, report: Mapping[str, Any]) -> list[dict[
         twin = assessment.leakage.get("without privacy")
         if twin is None:
             continue
-        event = event_from_dict(report["accounting"]["event"])
-        limit = _short(auroc_limit_of(privacy_pairs(event, report["adjacency"]["relation"])))
+        limit = row_limit(report)
         pairs = list(zip(leak.membership, twin.membership, strict=True))
         pairs.append((leak.extraction.attack, twin.extraction.attack))
         for result, control_result in pairs:
@@ -464,7 +475,7 @@ def _audit_rows(assessment: Assessment, report: Mapping[str, Any]) -> list[dict[
                     "attack": f"membership inference on tokens: {result.attack}",
                     "quantity": "AUROC",
                     "shown": result.auroc,
-                    "claimed": limit,
+                    "claimed": None if limit is None else _short(limit),
                     "confidence": None,
                     "n": result.members + result.others,
                     "control": "the same model trained without privacy",
@@ -477,4 +488,4 @@ def _audit_rows(assessment: Assessment, report: Mapping[str, Any]) -> list[dict[
     return rows
 
 
-__all__ = ["VERDICTS", "Assessment", "Leakage", "Panel", "assess", "draw_images", "for_the_card", "shown"]
+__all__ = ["VERDICTS", "Assessment", "Leakage", "Panel", "assess", "draw_images", "for_the_card", "row_limit", "shown"]

@@ -18,8 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from . import plots
-from .assessment import Assessment
-from .metrics.membership import auroc_limit_of
+from .assessment import Assessment, row_limit
 from .metrics.memorisation import EVIDENCE, FLAG
 from .privacy.budget import event_from_dict
 from .privacy.consequences import privacy_pairs
@@ -87,8 +86,8 @@ def render_report(assessment: Assessment, card: Mapping[str, Any] | None, name: 
     limit = None
     if card is not None:
         bounds = privacy_pairs(event_from_dict(card["accounting"]["event"]), card["adjacency"]["relation"])
-        limit = auroc_limit_of(bounds)
-        svg["attack"] = plots.attack_curve(bounds, _best_attacks(assessment))
+        limit = row_limit(card)
+        svg["attack"] = plots.attack_curve(bounds, [] if limit is None else _best_attacks(assessment))
         svg["profile"] = plots.profile(card["claim"]["profile"])
     return _template().render(
         card=card,
