@@ -18,6 +18,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_spectral_dp import DPSpectralPipeline, SpectralConfig
 from hf_spectral_dp.assessment import draw_images, shown
+from hf_spectral_dp.image_sources import source_name
 from hf_spectral_dp.metrics.utility import classifier_accuracy
 from hf_spectral_dp.pipeline_spectral import SAMPLING_VALUES
 from hf_spectral_dp.private_marks import UNRECORDED, marks
@@ -111,7 +112,7 @@ def compare(
         "ceiling: real training images through the codec": lambda: through_codec(pipeline, store),
         "real training images": lambda: real_images({**columns, **data}, pipeline.image_processor, prior.config),
     }
-    name = f"{section['source']}, split {section['split']}"
+    name = f"{source_name(section['source'])}, split {section['split']}"
     print(f"accuracy on {len(test_labels)} real test images ({name}) of a classifier trained on", flush=True)
     rows = []
     for title, source in (publishable | private).items():

@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_spectral_dp import DPSpectralPipeline, PrivacyCard
 from hf_spectral_dp.assessment import assess, for_the_card
-from hf_spectral_dp.image_sources import load_images
+from hf_spectral_dp.image_sources import load_images, source_name
 from hf_spectral_dp.metrics.features import load_extractor
 from hf_spectral_dp.real_images import RealImages, read_real_images
 from hf_spectral_dp.released_files import README_NAME, REPORT_NAME
@@ -122,7 +122,7 @@ def evaluate(args: argparse.Namespace) -> None:
     def read(source: str, split: str, **more: Any) -> RealImages:
         names = pipeline.model.config.class_names
         given = {"image_column": args.image_column, "label_column": args.label_column, "limit": args.limit} | more
-        rows, name = load_images(source, split), f"{source}, {split}"
+        rows, name = load_images(source, split), f"{source_name(source)}, {split}"
         return read_real_images(rows, pipeline.image_processor, name, class_names=names, **given)
 
     assessment = assess(

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from hf_spectral_dp import DPTrainingArguments
-from hf_spectral_dp.image_sources import load_images
+from hf_spectral_dp.image_sources import load_images, source_name
 from hf_spectral_dp.pipeline_spectral import SAMPLING_VALUES
 from hf_spectral_dp.report_rules import check_words
 from hf_spectral_dp.views import Views
@@ -157,7 +157,7 @@ def publisher_words(config: dict[str, Any]) -> dict[str, Any]:
             config["critic"].get("public_source"),
     }  # fmt: skip
     return {
-        "data": {"name": data["source"], "split": data["split"], "description": data["description"]},
+        "data": {"name": source_name(data["source"]), "split": data["split"], "description": data["description"]},
         "data_accesses": [
             {"what": look, "accounted": False, "released": True} for look in about.get("outside_guarantee", [])
         ],

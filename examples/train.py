@@ -35,6 +35,7 @@ from warm_start import NOTE, taught
 
 from hf_spectral_dp import DPSpectralPipeline, DPTrainer, DPTrainingArguments, PrivacyCard
 from hf_spectral_dp.generation import image_grid
+from hf_spectral_dp.image_sources import source_name
 from hf_spectral_dp.private_marks import refuse_uncounted
 from hf_spectral_dp.super_resolution import SpectralSuperResolution
 from hf_spectral_dp.text_encoder import load_text_encoder
@@ -274,7 +275,8 @@ def main() -> None:
     if test:  # the figures come later, so that nothing that ends them leaves a pipeline without its card
         section = config["evaluation"]
         report["utility"] = compare(section, data, pipeline, public, detail, store, args, test)
-        look = f"The figures under Quality: measured on images of {section['source']}, {section['split']}."
+        images = f"{source_name(section['source'])}, {section['split']}"
+        look = f"The figures under Quality: measured on images of {images}."
         report["data_accesses"].append({"what": look, "accounted": False, "released": True})
         PrivacyCard(report).save(folder)
     print(f"epsilon spent  {trainer.epsilon_spent:.4f} at delta {trainer.plan.delta:.3g}, unit: {store.unit}")

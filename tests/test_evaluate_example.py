@@ -58,6 +58,8 @@ def test_the_page_and_the_card(job, tmp_path, monkeypatch):
     card = PrivacyCard.load(tmp_path / "pipeline")
     assert any("kernel_distance" in row["metric"] for row in card.report["utility"])
     assert not card.verify(tmp_path / "pipeline")
+    for page in ("pipeline/README.md", "pipeline/privacy.json", "report/index.html", "report/assessment.json"):
+        assert str(tmp_path) not in (tmp_path / page).read_text()  # no path of this machine
 
 
 def test_a_pipeline_without_a_card_is_public_or_refused(job, tmp_path, monkeypatch):

@@ -100,6 +100,8 @@ def test_images_in_pipeline_and_card_out(job, tmp_path):
     metrics = json.dumps(report["utility"])
     assert "floor" in metrics and "twin" not in metrics and "ceiling" not in metrics
     assert {path.name for path in folder.iterdir()} >= {"README.md", "privacy.json", "samples.png", "model_index.json"}
+    assert report["data"]["name"] == "data"  # no path of this machine
+    assert not any(str(tmp_path).encode() in path.read_bytes() for path in folder.rglob("*") if path.is_file())
     pipeline = DPSpectralPipeline.from_pretrained(folder)
     assert pipeline(class_labels=3, num_images=2).images[0].size == (16, 16)
     again = run(job, tmp_path)

@@ -87,6 +87,15 @@ def load_images(
     return IterableDataset.from_generator(_parquet_rows, features=features, gen_kwargs={"paths": paths})
 
 
+def source_name(source: str) -> str:
+    """What a card or report calls a source of `load_images`: a folder by its own name.
+
+    The way to it says whose machine that is, and maybe whose images these are, and nothing to a reader.
+    """
+    folder = Path(os.path.expanduser(source))
+    return folder.resolve().name if folder.is_dir() else source
+
+
 def _check_splits(folder: Path, files: Mapping[Any, Sequence[Any]]) -> None:
     """Refuses a folder of images whose names `datasets` takes for splits in another way than its owner means them.
 
@@ -211,4 +220,4 @@ def _bundled_digits(split: str, streaming: bool) -> Any:
     return Dataset.from_list(list(stream), features=features)
 
 
-__all__ = ["load_images"]
+__all__ = ["load_images", "source_name"]
