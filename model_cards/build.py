@@ -78,8 +78,7 @@ def build(out: Path) -> None:
         place = out / folder.name
         place.mkdir(parents=True)
         if (folder / REPORT_NAME).exists():
-            if contradictions := PrivacyCard.load(folder).verify(folder):
-                raise ValueError(f"{folder} is not what its card says: {' '.join(contradictions)}")
+            PrivacyCard.load(folder).raise_contradictions(folder)
             for name in (REPORT_NAME, README_NAME):
                 shutil.copyfile(folder / name, place / name)
             continue

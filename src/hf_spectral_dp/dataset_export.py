@@ -246,9 +246,7 @@ def _settings(
     upscaling: str, sampling: dict[str, float],
 ) -> dict[str, Any]:  # fmt: skip
     """Everything that the images depend on, checked."""
-    contradictions = PrivacyCard.load(source).verify(source)
-    if contradictions:
-        raise ValueError(f"{str(source)!r} is not what its card says: {' '.join(contradictions)}")
+    PrivacyCard.load(source).raise_contradictions(source)
     if num_images < 1 or batch_size < 1 or not 1 <= shard_size <= 100_000:
         raise ValueError(
             f"num_images={num_images} and batch_size={batch_size} must be at least 1, shard_size={shard_size} in"

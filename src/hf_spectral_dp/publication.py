@@ -41,11 +41,7 @@ def publish(
         FileNotFoundError: the folder holds no card.
         ValueError: the card is not valid, or `PrivacyCard.verify` contradicts it. Nothing was uploaded.
     """
-    contradictions = PrivacyCard.load(folder).verify(folder)
-    if contradictions:
-        raise ValueError(
-            f"{str(folder)!r} is not what its card says, so it is not uploaded: {' '.join(contradictions)}"
-        )
+    PrivacyCard.load(folder).raise_contradictions(folder)
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     names = public_files(folder)
