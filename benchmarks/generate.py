@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from benchmarks.bundled import CHECKPOINTS, digits_pipeline
+from benchmarks.bundled import digits_pipeline
 from benchmarks.report import write_report
-from hf_spectral_dp import SpectralConfig, SpectralTokenizerForCausalLM
+from hf_spectral_dp import SpectralConfig, SpectralTokenizerForCausalLM, bundled_model
 
 BARE = "generate, static cache"
 
@@ -47,7 +47,7 @@ def models(device: str) -> dict[str, SpectralTokenizerForCausalLM]:
     )
     torch.manual_seed(0)
     found = {
-        "digits": SpectralTokenizerForCausalLM.from_pretrained(CHECKPOINTS / "digits"),
+        "digits": SpectralTokenizerForCausalLM.from_pretrained(bundled_model("digits")),
         "wide": SpectralTokenizerForCausalLM(wide),
     }
     return {name: model.eval().to(device) for name, model in found.items()}

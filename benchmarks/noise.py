@@ -13,8 +13,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from benchmarks.bundled import CHECKPOINTS
 from benchmarks.report import write_report
+from hf_spectral_dp import bundled_model
 from hf_spectral_dp.privacy import noise
 from hf_spectral_dp.privacy.clipping import PerExampleClipper
 from hf_spectral_dp.privacy.noise import GaussianNoise, describe_randomness
@@ -40,7 +40,7 @@ def main() -> None:
     batch, micro = training["expected_batch_size"], training["micro_batch_size"]
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    model = AutoModelForCausalLM.from_pretrained(CHECKPOINTS / "digits").train().to(device)
+    model = AutoModelForCausalLM.from_pretrained(bundled_model("digits")).train().to(device)
     layout = model.config.layout
     scales = [layout.scales[index] for index in layout.scale_of_position]
     columns = [torch.randint(0, scale.codes, (batch,)) + scale.first_id for scale in scales]

@@ -17,10 +17,10 @@ import reports
 from huggingface_hub import ModelCard
 
 from hf_spectral_dp import PrivacyCard
+from hf_spectral_dp.bundled import CHECKPOINTS
 from hf_spectral_dp.released_files import README_NAME, REPORT_NAME, hash_released
 
 HERE = Path(__file__).parent
-CHECKPOINTS = HERE.parent / "src" / "hf_spectral_dp" / "checkpoints"
 PUBLIC_NAME = "public.json"
 _PUBLIC = re.compile(r"\bpublic (images|data|digits)\b|\bno private image was used\b", re.IGNORECASE)
 

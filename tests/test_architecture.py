@@ -11,6 +11,7 @@ PACKAGE = ROOT / "src" / "hf_spectral_dp"
 
 # A module may import only modules of a smaller number. `privacy.*` knows nothing but itself.
 ORDER = [
+    "bundled",
     "private_marks",
     "safe_loading",
     "wavelets",
