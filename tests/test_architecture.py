@@ -145,6 +145,11 @@ def test_no_file_is_a_drawer_or_a_hall():
             assert len(path.read_text(encoding="utf-8").splitlines()) <= 500, path
 
 
+def test_no_test_file_takes_anything_from_another():
+    for path in (ROOT / "tests").glob("*.py"):
+        assert not re.search(r"^(from|import) test_", path.read_text(encoding="utf-8"), re.MULTILINE), path
+
+
 def test_contributing_fits_one_page():
     assert len((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").splitlines()) <= 50
 

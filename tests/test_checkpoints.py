@@ -1,10 +1,10 @@
 """The checkpoints inside the package: small, safe to load, with a card that says how to rebuild them, and trained."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from public_glyphs import render_digits
 from sklearn.datasets import load_sample_images
 from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageToImage
 
@@ -13,10 +13,6 @@ from hf_spectral_dp.bundled import CHECKPOINTS
 from hf_spectral_dp.super_resolution import upscale, upscale_to
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "examples"))  # last: a script there is called evaluate, like a library
-
-from public_glyphs import render_digits  # noqa: E402
-
 ALLOWED = {"model.safetensors", "config.json", "generation_config.json", "preprocessor_config.json", "README.md"}
 
 
