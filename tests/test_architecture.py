@@ -167,6 +167,23 @@ def test_every_module_says_what_it_is():
         assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), path
 
 
+def test_what_modules_take_from_one_another_is_public():
+    """Each lists its names in `__all__`, and none reaches for what another does not list."""
+    listed: dict[str, list[str]] = {}
+    for path in sources():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+                name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+                listed[name.removesuffix(".__init__")] = ast.literal_eval(node.value)
+    hidden = []
+    for path in sources():
+        for name in imported(path):
+            module, _, wanted = name.rpartition(".")
+            if module in listed and name not in listed and wanted not in listed[module]:
+                hidden.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert len(listed) > 60 and not hidden, hidden
+
+
 def test_every_test_that_the_documents_name_exists():
     missing = []
     for document in [*(ROOT / "docs").glob("*.md"), ROOT / "README.md"]:

@@ -24,9 +24,10 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from huggingface_hub import CommitOperationAdd, HfApi
 from tqdm import tqdm
 
-from .card import README_NAME, REPORT_NAME, PrivacyCard
+from .card import PrivacyCard
 from .configuration_spectral import SpectralConfig
 from .pipeline_spectral import SAMPLING_VALUES, UPSCALING_MODES, DPSpectralPipeline
+from .released_files import README_NAME, REPORT_NAME
 from .whole_files import replace_files
 
 SETTINGS_NAME = "export.json"

@@ -463,11 +463,16 @@ class PrivacyBudget:
 
 
 __all__ = [
+    "RELATIONS",
+    "SAMPLING",
     "PrivacyBudget",
     "PrivacyPlan",
-    "SAMPLING",
     "default_delta",
+    "deltas_of",
     "epsilon_of",
     "event_from_dict",
     "event_to_dict",
+    "gaussian_epsilon",
+    "least_delta",
+    "round_up",
 ]
