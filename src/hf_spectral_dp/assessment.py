@@ -431,50 +431,44 @@ def _joined(old: list[dict[str, Any]], new: list[dict[str, Any]], names: tuple[s
 
 def _audit_rows(assessment: Assessment, report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The search for copies, with copies put in as its control; attacks on tokens only where a twin is theirs."""
-    rows = []
-    for name, leak in assessment.leakage.items():
-        if name != "this model":
-            continue
-        found, control = leak.copying, leak.copies_noticed
-        rows.append(
-            {
-                "attack": "nearest neighbours of generated images among training and held-out images",
-                "quantity": f"share nearest to a training image (by chance {found.expected})",
-                "shown": found.share,
-                "claimed": None,
-                "confidence": None,
-                "n": found.generated,
-                "control": "3 % of the generated images replaced by training images",
-                "control_shown": control.share,
-                "control_caught": control.flagged,
-                "verdict": "evidence only",
-                "note": f"{VERDICTS[leak.verdict]}. {EVIDENCE}",
-            }
-        )
-        twin = assessment.leakage.get("without privacy")
-        if twin is None:
-            continue
-        event = event_from_dict(report["accounting"]["event"])
-        limit = _short(auroc_limit_of(privacy_pairs(event, report["adjacency"]["relation"])))
-        pairs = list(zip(leak.membership, twin.membership, strict=True))
-        pairs.append((leak.extraction.attack, twin.extraction.attack))
-        for result, control_result in pairs:
-            rows.append(
-                {
-                    "attack": f"membership inference on tokens: {result.attack}",
-                    "quantity": "AUROC",
-                    "shown": result.auroc,
-                    "claimed": limit,
-                    "confidence": None,
-                    "n": result.members + result.others,
-                    "control": "the same model trained without privacy",
-                    "control_shown": control_result.auroc,
-                    "control_caught": control_result.caught,
-                    "verdict": "evidence only",
-                    "note": EVIDENCE,
-                }
-            )
-    return rows
+    if not assessment.leakage:
+        return []
+    leak, twin = assessment.leakage["this model"], assessment.leakage.get("without privacy")
+    found, noticed = leak.copying, leak.copies_noticed
+    copies = {
+        "attack": "nearest neighbours of generated images among training and held-out images",
+        "quantity": f"share nearest to a training image (by chance {found.expected})",
+        "shown": found.share,
+        "claimed": None,
+        "confidence": None,
+        "n": found.generated,
+        "control": "3 % of the generated images replaced by training images",
+        "control_shown": noticed.share,
+        "control_caught": noticed.flagged,
+        "verdict": "evidence only",
+        "note": f"{VERDICTS[leak.verdict]}. {EVIDENCE}",
+    }
+    if twin is None:
+        return [copies]
+    event = event_from_dict(report["accounting"]["event"])
+    limit = _short(auroc_limit_of(privacy_pairs(event, report["adjacency"]["relation"])))
+    attacks = zip([*leak.membership, leak.extraction.attack], [*twin.membership, twin.extraction.attack], strict=True)
+    return [copies] + [
+        {
+            "attack": f"membership inference on tokens: {result.attack}",
+            "quantity": "AUROC",
+            "shown": result.auroc,
+            "claimed": limit,
+            "confidence": None,
+            "n": result.members + result.others,
+            "control": "the same model trained without privacy",
+            "control_shown": control.auroc,
+            "control_caught": control.caught,
+            "verdict": "evidence only",
+            "note": EVIDENCE,
+        }
+        for result, control in attacks
+    ]
 
 
 __all__ = ["VERDICTS", "Assessment", "Leakage", "Panel", "assess", "draw_images", "for_the_card", "shown"]
