@@ -4,10 +4,8 @@ Everything here is post-processing of a model that was trained with differential
 and costs no privacy, however many images are drawn.
 """
 
-import filecmp
 import json
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from numbers import Integral
@@ -216,7 +214,7 @@ class DPSpectralPipeline(DiffusionPipeline):
             FileNotFoundError: there is no such folder, or no card in it.
             ValueError: the card does not speak of these weights, or is contradicted.
         """
-        from .publication import publish
+        from .publication import check_saved, publish
 
         folder = Path(self.config.get("_name_or_path") or "")
         if not (folder / "model_index.json").is_file():
@@ -224,12 +222,7 @@ class DPSpectralPipeline(DiffusionPipeline):
                 "this pipeline lies in no local folder, and none is published without its card; call"
                 " save_pretrained(folder) and PrivacyCard(report).save(folder) first."
             )
-        for name, component in self.components.items():
-            if isinstance(component, PreTrainedModel) and not _is_saved(component, folder / name):
-                raise ValueError(
-                    f"the weights of {name} in memory are not those in {str(folder)!r}; save the pipeline and its card"
-                    " again."
-                )
+        check_saved(self.components, folder)
         return publish(
             folder, repo_id, commit_message=commit_message, private=private, token=token, create_pr=create_pr
         )
@@ -462,16 +455,6 @@ class DPSpectralPipeline(DiffusionPipeline):
             name: encode_text(self.text_encoder, self.tokenizer, texts, slots).repeat_interleave(num_images, 0)
             for name, texts in asked.items()
         }
-
-
-def _is_saved(model: PreTrainedModel, folder: Path) -> bool:
-    """Whether a folder holds exactly the weights that saving the model now would write."""
-    with tempfile.TemporaryDirectory() as scratch:
-        model.save_pretrained(scratch)
-        names = {path.name for path in Path(scratch).glob("*.safetensors")}
-        return names == {path.name for path in folder.glob("*.safetensors")} and all(
-            filecmp.cmp(Path(scratch) / name, folder / name, shallow=False) for name in names
-        )
 
 
 def _check_scale(enlarge: Upscaler, config: SpectralConfig) -> None:
