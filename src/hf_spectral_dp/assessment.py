@@ -36,7 +36,6 @@ from .super_resolution import upscale_to
 _SHOWN = 60  # samples on the page
 _STRIPS = 6  # images shown coarse to fine
 _PANEL = 10  # generated images shown beside their nearest real ones
-_SPENT = "on top of the claim"
 _COPIES = 0.03  # of the generated images, put in to see whether copies would be noticed
 _CHUNK = 512
 
@@ -368,7 +367,7 @@ def _accesses(
     elif utility and private_validation is not None:
         images = f"{len(private_validation.pixels)} images of {private_validation.name}"
         what = f"choice of classifiers on {images}, by the exponential mechanism at epsilon {selection_epsilon:g}"
-        found.append(access(f"{what}, {_SPENT}", True, accounted=True))
+        found.append(access(f"{what}, on top of the claim", True, accounted=True))
     if leakage and training is not None:
         what = f"search for copies and attacks, on {len(training.pixels)} training images of {training.name}"
         found.append(access(what, True))
@@ -404,13 +403,11 @@ def for_the_card(assessment: Assessment, report: Mapping[str, Any]) -> dict[str,
         rows.append({"metric": metric, **figures, "n": result.n, "note": note, "private": private or chosen_privately})
     utility = [row | {"dataset": assessment.real["name"], "accounted": not row["private"]} for row in rows]
     # The claim is that of the training: what else was spent stands beside it, in words.
-    looks = [
-        {"what": access["what"], "accounted": False, "released": True}
-        for access in assessment.accesses
-        if access["private"] and access["released"]
-    ]
-    spent = [look for look in looks if _SPENT in look["what"]]  # as often as it was spent
-    looks = [look for look in looks if _SPENT not in look["what"]]
+    known = [access for access in assessment.accesses if access["private"] and access["released"]]
+    looks, spent = (
+        [{"what": look["what"], "accounted": False, "released": True} for look in known if look["accounted"] == paid]
+        for paid in (False, True)  # the latter stand there as often as they were paid for
+    )
     audit = _audit_rows(assessment, report)
     return {
         **report,
