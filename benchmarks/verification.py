@@ -126,7 +126,10 @@ def edit_records(folder: Path, generator: random.Random) -> str:
         lines[place], lines[other] = lines[other], lines[place]
     elif kind == "other":
         lines = (folder / "other.jsonl").read_bytes().splitlines(keepends=True)
-    path.unlink() if kind == "none" else path.write_bytes(b"".join(lines))
+    if kind == "none":
+        path.unlink()
+    else:
+        path.write_bytes(b"".join(lines))
     return f"{kind} {place}"
 
 
