@@ -337,7 +337,7 @@ class DPTrainer(QuietTrainer):
         }
         if self._persons:
             header["persons"] = True
-        if self._earlier:  # not an empty list: ledgers that were begun before there was one can still be continued
+        if self._earlier:
             header["earlier_runs"] = self._sealed_earlier()
         return header
 
