@@ -325,33 +325,11 @@ class DPSpectralPipeline(DiffusionPipeline):
                 )
         if self.model.training:  # with gradient checkpointing, training mode drops the key-value cache without an error
             raise ValueError("model.training=True, but sampling needs evaluation mode; call `pipe.model.eval()` first.")
-        if output_type == "latent":
-            upscaling = "none"
-        enlarge: Upscaler | None = None
-        if upscaling in RESAMPLING_MODES:
-            enlarge = upscaler(upscaling, config.image_size // config.coarse_size)
-        elif upscaling != "none" and config.coarse_size < config.image_size:
-            backend = self.super_resolution if upscaling == "model" else upscaling
-            if backend is None:
-                raise ValueError(
-                    f"super_resolution=None, but coarse_size={config.coarse_size} is below"
-                    f" image_size={config.image_size}; give the pipeline a public super-resolution model, or ask for"
-                    " upscaling='bicubic' (no new detail) or 'none' (coarse images)."
-                )
-            enlarge = upscaler(backend)
-            _check_scale(enlarge, config)
+        enlarge = self._enlarger("none" if output_type == "latent" else upscaling)
         scales = config.layout.scales
         if num_scales is not None and (not isinstance(num_scales, Integral) or not 1 <= num_scales <= len(scales)):
             raise ValueError(f"num_scales={num_scales} must be in [1, {len(scales)}], the scales of the model.")
-        labels = None
-        if class_labels is not None:
-            try:
-                labels = torch.as_tensor(class_labels)
-            except (RuntimeError, TypeError, ValueError):  # text, None, a set
-                labels = torch.empty(0)
-            if not labels.numel() or labels.ndim > 1 or labels.is_floating_point() or labels.dtype == torch.bool:
-                raise ValueError(f"class_labels={class_labels} must be an integer or a non-empty list of integers.")
-            labels = labels.long().reshape(-1).repeat_interleave(num_images)
+        labels = None if class_labels is None else _label_per_image(class_labels, num_images)
         texts = self._encode_prompts(prompt, negative_prompt, num_images)
         if guidance_scale is None:
             guidance_scale = 1.0 if labels is None and not texts else self.config.guidance_scale
@@ -416,6 +394,24 @@ class DPSpectralPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
+    def _enlarger(self, upscaling: Upscaling | Any) -> Upscaler | None:
+        """What brings coarse images to the full size; None where they stay as they are, or have it."""
+        config = self.model.config
+        if upscaling in RESAMPLING_MODES:
+            return upscaler(upscaling, config.image_size // config.coarse_size)
+        if upscaling == "none" or config.coarse_size == config.image_size:
+            return None
+        backend = self.super_resolution if upscaling == "model" else upscaling
+        if backend is None:
+            raise ValueError(
+                f"super_resolution=None, but coarse_size={config.coarse_size} is below image_size={config.image_size};"
+                " give the pipeline a public super-resolution model, or ask for upscaling='bicubic' (no new detail) or"
+                " 'none' (coarse images)."
+            )
+        enlarge = upscaler(backend)
+        _check_scale(enlarge, config)
+        return enlarge
+
     def _both_sizes(
         self, draw: Callable[[Tensor, int], Tensor], batch: int, places: Tensor, attempt: int
     ) -> tuple[Tensor, Tensor]:
@@ -455,6 +451,17 @@ class DPSpectralPipeline(DiffusionPipeline):
             name: encode_text(self.text_encoder, self.tokenizer, texts, slots).repeat_interleave(num_images, 0)
             for name, texts in asked.items()
         }
+
+
+def _label_per_image(class_labels: int | Sequence[int] | Tensor, num_images: int) -> Tensor:
+    """Labels (images,) of `num_images` images for each of the class labels, one after the other."""
+    try:
+        labels = torch.as_tensor(class_labels)
+    except (RuntimeError, TypeError, ValueError):  # text, None, a set
+        labels = torch.empty(0)
+    if not labels.numel() or labels.ndim > 1 or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(f"class_labels={class_labels} must be an integer or a non-empty list of integers.")
+    return labels.long().reshape(-1).repeat_interleave(num_images)
 
 
 def _check_scale(enlarge: Upscaler, config: SpectralConfig) -> None:
