@@ -31,40 +31,21 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 
 from hf_spectral_dp import DPTrainer, DPTrainingArguments, SpectralConfig, SpectralTokenizerForCausalLM
 from hf_spectral_dp.checkpoint_files import CheckpointError, newest_whole, verify
+from hf_spectral_dp.feature_rows import RowsInMemory
 from hf_spectral_dp.privacy.ledger import LedgerError, read_ledger
 from hf_spectral_dp.privacy.noise import GaussianNoise
+from hf_spectral_dp.self_audit import random_rows
 from hf_spectral_dp.trainer import LEDGER
 
-STEPS, EPSILON = 4, 1.0
+STEPS, ROWS, EPSILON = 4, 24, 1.0
 FINISHED, REFUSED, FAILED = 0, 3, 4
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # what a killed process wrote is there, flushed or not
 Row = dict[str, Any]
 
 # -- the run ----------------------------------------------------------------------------------------------------------
-
-
-class Rows:
-    """Twenty-four random rows of legal tokens."""
-
-    fingerprint = "rows"
-
-    def __init__(self, config: SpectralConfig):
-        layout, generator = config.layout, torch.Generator().manual_seed(0)
-        columns = [torch.randint(0, 10, (24,), generator=generator) + layout.codes]
-        for index in layout.scale_of_position:
-            scale = layout.scales[index]
-            columns.append(torch.randint(0, scale.codes, (24,), generator=generator) + scale.first_id)
-        self.rows = torch.stack(columns, 1)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, indices: Any) -> dict[str, Tensor]:
-        return {"input_ids": self.rows[torch.as_tensor(indices, dtype=torch.long)]}
 
 
 def config() -> SpectralConfig:
@@ -86,12 +67,13 @@ def arguments(folder: Path, **changes: Any) -> DPTrainingArguments:
 
 def trainer_in(folder: Path, **changes: Any) -> DPTrainer:
     chosen = config()
-    return DPTrainer(SpectralTokenizerForCausalLM(chosen), arguments(folder, **changes), Rows(chosen))
+    rows = RowsInMemory(random_rows(chosen, ROWS, torch.Generator().manual_seed(0)))
+    return DPTrainer(SpectralTokenizerForCausalLM(chosen), arguments(folder, **changes), rows)
 
 
 @cache
 def epsilon_after(steps: int) -> float:
-    return arguments(Path("unused")).plan(24).epsilon(steps)
+    return arguments(Path("unused")).plan(ROWS).epsilon(steps)
 
 
 _applied = mmap.mmap(-1, 8)  # shared with children

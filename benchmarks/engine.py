@@ -359,7 +359,8 @@ def main() -> None:
     rows = []
     for case in cases(arguments.quick, arguments.device):
         rows += measure(case, QUICK if arguments.quick else FULL, arguments.device)
-        print(*rows[-len(METHODS) :], sep="\n", flush=True) if not arguments.quick else None
+        if not arguments.quick:
+            print(*rows[-len(METHODS) :], sep="\n", flush=True)
     options = " --quick" * arguments.quick + " --device cuda" * (arguments.device == "cuda")
     write_report("python -m benchmarks.engine" + options, rows, arguments.out)
 

@@ -20,14 +20,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from benchmarks.bundled import CHECKPOINTS, digits_pipeline
+from benchmarks.bundled import digits_pipeline
 from benchmarks.report import write_report
-from hf_spectral_dp import SpectralConfig, SpectralTokenizerForCausalLM
+from benchmarks.timing import interleaved, seconds
+from hf_spectral_dp import SpectralConfig, SpectralTokenizerForCausalLM, bundled_model
 
 BARE = "generate, static cache"
 
@@ -47,30 +47,10 @@ def models(device: str) -> dict[str, SpectralTokenizerForCausalLM]:
     )
     torch.manual_seed(0)
     found = {
-        "digits": SpectralTokenizerForCausalLM.from_pretrained(CHECKPOINTS / "digits"),
+        "digits": SpectralTokenizerForCausalLM.from_pretrained(bundled_model("digits")),
         "wide": SpectralTokenizerForCausalLM(wide),
     }
     return {name: model.eval().to(device) for name, model in found.items()}
-
-
-def seconds(call: Callable[[], object], device: str) -> float:
-    """Wall time of one call."""
-    start = time.perf_counter()
-    call()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def interleaved(methods: dict[Any, Callable[[], object]], rounds: int, device: str) -> dict[Any, list[float]]:
-    """Seconds of each method in each round, after one call of each that is not counted."""
-    times: dict[Any, list[float]] = {name: [] for name in methods}
-    for call in methods.values():
-        call()
-    for _ in range(rounds):
-        for name, call in methods.items():
-            times[name].append(seconds(call, device))
-    return times
 
 
 def ratio(bare: list[float], taken: list[float]) -> float:

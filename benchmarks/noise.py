@@ -7,25 +7,20 @@ GPUs where there is one; medians of interleaved rounds, so that a slow moment of
 
 import argparse
 import statistics
-import time
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from benchmarks.bundled import CHECKPOINTS
 from benchmarks.report import write_report
+from benchmarks.timing import interleaved
+from hf_spectral_dp import bundled_model
 from hf_spectral_dp.privacy import noise
 from hf_spectral_dp.privacy.clipping import PerExampleClipper
 from hf_spectral_dp.privacy.noise import GaussianNoise, describe_randomness
-
-
-def seconds(work, device: str) -> float:
-    start = time.perf_counter()
-    work()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+from hf_spectral_dp.self_audit import random_rows
 
 
 def main() -> None:
@@ -40,11 +35,8 @@ def main() -> None:
     batch, micro = training["expected_batch_size"], training["micro_batch_size"]
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    model = AutoModelForCausalLM.from_pretrained(CHECKPOINTS / "digits").train().to(device)
-    layout = model.config.layout
-    scales = [layout.scales[index] for index in layout.scale_of_position]
-    columns = [torch.randint(0, scale.codes, (batch,)) + scale.first_id for scale in scales]
-    rows = torch.stack([torch.randint(0, 10, (batch,)) + layout.codes, *columns], 1).to(device)
+    model = AutoModelForCausalLM.from_pretrained(bundled_model("digits")).train().to(device)
+    rows = random_rows(model.config, batch).to(device)
     clipper = PerExampleClipper(model, training["clipping_norm"])
     sums = clipper.take()
 
@@ -53,34 +45,31 @@ def main() -> None:
             clipper.add(lambda part=part: model.per_example_loss(part), len(part))
         clipper.take()
 
-    ways: list[tuple[GaussianNoise, str]] = []
+    methods: dict[str, Callable[[], object]] = {"step": step}
     fastest = noise._cipher()
     for cipher in (noise._AesCounter, noise._ChaCha20):
         noise._cipher = lambda cipher=cipher: cipher
         mechanism = GaussianNoise(1.0, device, secure_mode=True)
         name = describe_randomness(mechanism.source)["generator"]
-        ways.append((mechanism, name + (" (default)" if cipher is fastest and device == "cpu" else "")))
+        name += " (default)" if cipher is fastest and device == "cpu" else ""
+        methods[name] = partial(mechanism.add_, sums.values())
     if device == "cuda":
         mechanism = GaussianNoise(1.0, device)
-        ways.append((mechanism, describe_randomness(mechanism.source)["generator"] + " (default)"))
+        name = f"{describe_randomness(mechanism.source)['generator']} (default)"
+        methods[name] = partial(mechanism.add_, sums.values())
 
-    step_seconds: list[float] = []
-    noise_seconds: list[list[float]] = [[] for _ in ways]
-    for _ in range(3 if arguments.quick else 21):
-        step_seconds.append(seconds(step, device))
-        for (mechanism, _), times in zip(ways, noise_seconds, strict=True):
-            times.append(seconds(lambda mechanism=mechanism: mechanism.add_(sums.values()), device))
-    whole = statistics.median(step_seconds)
+    times = interleaved(methods, 3 if arguments.quick else 21, device)
+    whole = statistics.median(times.pop("step"))
     report = [
         {
             "method": name,
             "parameters": sum(total.numel() for total in sums.values()),
             "batch": batch,
-            "noise_ms": round(1e3 * statistics.median(times), 2),
+            "noise_ms": round(1e3 * statistics.median(taken), 2),
             "clipped_sum_ms": round(1e3 * whole, 1),
-            "share_of_step": round(statistics.median(times) / (whole + statistics.median(times)), 4),
+            "share_of_step": round(statistics.median(taken) / (whole + statistics.median(taken)), 4),
         }
-        for (_, name), times in zip(ways, noise_seconds, strict=True)
+        for name, taken in times.items()
     ]
     write_report("python -m benchmarks.noise" + " --quick" * arguments.quick, report, arguments.out)
 

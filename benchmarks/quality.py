@@ -51,7 +51,6 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageToImage
 
-from benchmarks.bundled import CHECKPOINTS
 from benchmarks.judge import judges_of, seen
 from benchmarks.quality_critic import choose_by, learn_classes, mean_rows, mend, private_mean
 from benchmarks.quality_data import IMAGE_SETS, ImageSet, Labelled, private_images, public_images
@@ -74,7 +73,7 @@ from benchmarks.quality_settings import (
     temperature,
 )
 from benchmarks.report import write_report
-from hf_spectral_dp import DPSpectralPipeline, PrivacyCard, SpectralConfig, SpectralTokenizerForCausalLM
+from hf_spectral_dp import DPSpectralPipeline, PrivacyCard, SpectralConfig, SpectralTokenizerForCausalLM, bundled_model
 from hf_spectral_dp.metrics.features import FeatureExtractor
 from hf_spectral_dp.super_resolution import upscale_to
 
@@ -136,15 +135,15 @@ def public_generator(
     side = images.size
     shipped = WIDE_PHOTOS if size.wide and images.channels == 3 else BUNDLED.get(name)
     bundled = None if folders.codec is not None else shipped
-    trained_at = SpectralConfig.from_pretrained(CHECKPOINTS / bundled[0]).image_size if bundled else side
+    trained_at = SpectralConfig.from_pretrained(bundled_model(bundled[0])).image_size if bundled else side
     if bundled and method == "ours":
-        model = AutoModelForCausalLM.from_pretrained(CHECKPOINTS / bundled[0])
-        network = AutoModelForImageToImage.from_pretrained(CHECKPOINTS / bundled[1]).to(device).eval()
+        model = AutoModelForCausalLM.from_pretrained(bundled_model(bundled[0]))
+        network = AutoModelForImageToImage.from_pretrained(bundled_model(bundled[1])).to(device).eval()
         if model.config.num_classes != images.classes:
             model = model.with_classes(images.classes)
         detailed = partial(upscaler, network, trained_at, side)
         return TokenGenerator(model.to(device), detailed, trained_at / side), Cost(0.0, 0.0)
-    known = CHECKPOINTS / bundled[2] if bundled else folders.super_resolution
+    known = bundled_model(bundled[2]) if bundled else folders.super_resolution
     network = None if known is None else AutoModelForImageToImage.from_pretrained(known).to(device).eval()
     enlarged = partial(upscaler, network, trained_at, side)
     kept = folders.keep / f"{name}_{method}_{size.public_steps}.pt" if folders.keep is not None else None

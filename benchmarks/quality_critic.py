@@ -1,8 +1,9 @@
 """Private critics in the quality benchmark: as examples/train.py has them, on rows in memory.
 
-Where classes count, a critic of classes is trained at three tenths of the budget by
-`DPTrainer` on features of the private images; it chooses the public photos from which the public model learns the
-classes, and later among generated images. Where only the images count, a tenth of the budget is for their mean: by it
+Where classes count, a critic of classes is trained at three tenths of the budget by `DPTrainer` on features of the
+private images; it chooses the public photos from which the public model learns the classes, and later among generated
+images. (The classes are learned in one cycle of the rate, as all that is public here; in the example's job the rate
+warms up and falls as a cosine.) Where only the images count, a tenth of the budget is for their mean: by it
 super-resolution learns detail, if a size asks for it, and images are chosen among those drawn.
 """
 

@@ -24,17 +24,11 @@ from typing import Any
 import torch
 
 from benchmarks.report import write_report
-from hf_spectral_dp import (
-    DPSpectralPipeline,
-    DPTrainer,
-    DPTrainingArguments,
-    PrivacyCard,
-    SpectralConfig,
-    SpectralImageProcessor,
-    SpectralTokenizerForCausalLM,
-)
+from hf_spectral_dp import DPSpectralPipeline, DPTrainer, DPTrainingArguments, PrivacyCard, SpectralImageProcessor
 from hf_spectral_dp.cli import main as command
+from hf_spectral_dp.feature_rows import RowsInMemory
 from hf_spectral_dp.privacy_report import statement
+from hf_spectral_dp.self_audit import random_rows, tiny_model
 from hf_spectral_dp.trainer import LEDGER
 
 STEPS = 4
@@ -50,37 +44,16 @@ PUBLISHED: dict[str, Any] = {
 }
 
 
-class Rows(torch.utils.data.Dataset):
-    """Random token rows."""
-
-    fingerprint = "random"
-
-    def __init__(self, config: SpectralConfig, count: int):
-        layout, generator = config.layout, torch.Generator().manual_seed(0)
-        scales = [layout.scales[index] for index in layout.scale_of_position]
-        columns = [torch.randint(scale.codes, (count,), generator=generator) + scale.first_id for scale in scales]
-        self.rows = torch.stack([torch.full((count,), config.null_token_id), *columns], 1)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, indices: Any) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.rows[indices]}
-
-
 def train(folder: Path) -> None:
     """A pipeline with its card in `folder`/pipeline, and the ledger of its run in `folder`/ledger.jsonl."""
-    config = SpectralConfig(
-        image_size=16, num_channels=1, levels=2, patch_sizes=[2, 2, 4], codebook_sizes=[16, 16, 16], hidden_size=16,
-        intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-    )  # fmt: skip
-    model = SpectralTokenizerForCausalLM(config)
+    model = tiny_model()
     # Much noise: the accountant answers sooner, and it is asked a thousand times.
     arguments = DPTrainingArguments(
         output_dir=str(folder / "training"), target_epsilon=1.0, expected_batch_size=100, max_steps=STEPS,
         micro_batch_size=50, report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=True,
     )  # fmt: skip
-    trainer = DPTrainer(model, arguments, Rows(config, 1000))
+    rows = random_rows(model.config, 1000, torch.Generator().manual_seed(0))  # of every run the same
+    trainer = DPTrainer(model, arguments, RowsInMemory(rows))
     trainer.train()
     processor = SpectralImageProcessor(image_size=16, num_channels=1)
     DPSpectralPipeline(trainer.merged_model().eval(), processor).save_pretrained(folder / "pipeline")
@@ -153,7 +126,10 @@ def edit_records(folder: Path, generator: random.Random) -> str:
         lines[place], lines[other] = lines[other], lines[place]
     elif kind == "other":
         lines = (folder / "other.jsonl").read_bytes().splitlines(keepends=True)
-    path.unlink() if kind == "none" else path.write_bytes(b"".join(lines))
+    if kind == "none":
+        path.unlink()
+    else:
+        path.write_bytes(b"".join(lines))
     return f"{kind} {place}"
 
 

@@ -112,9 +112,8 @@ def evaluate(args: argparse.Namespace) -> None:
             f"--validation_split chooses at an epsilon for each image, but {folder} protects persons, who may have"
             " several; leave it out, so that classifiers are chosen on generated images."
         )
-    # What the page and a new card say of these weights, the old card must say with truth.
-    if card is not None and (contradictions := card.verify(folder)):
-        raise ValueError(f"{folder} is not what its card says, so it is not measured: {' '.join(contradictions)}")
+    if card is not None:  # what the page and a new card say of these weights, the old card must say with truth
+        card.raise_contradictions(folder)
     extractor = load_extractor(args.extractor, device=device)
     pipeline = DPSpectralPipeline.from_pretrained(folder).to(device)
     twin = AutoModelForCausalLM.from_pretrained(args.twin).to(device) if args.twin else None

@@ -4,14 +4,13 @@ examples/configs/demo.yaml explains the fields; those of critics are in faces.ya
 """
 
 import dataclasses
-import importlib.resources
 import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from hf_spectral_dp import DPTrainingArguments
+from hf_spectral_dp import DPTrainingArguments, bundled_model
 from hf_spectral_dp.image_sources import load_images, source_name
 from hf_spectral_dp.pipeline_spectral import SAMPLING_VALUES
 from hf_spectral_dp.report_rules import check_words
@@ -180,6 +179,4 @@ def opened(section: dict[str, Any]) -> Any:
 
 def located(name: str) -> str:
     """Where a model lies: "bundled:<name>" is a checkpoint inside the package; all else is a folder or a Hub id."""
-    if not name.startswith("bundled:"):
-        return name
-    return str(importlib.resources.files("hf_spectral_dp") / "checkpoints" / name.removeprefix("bundled:"))
+    return str(bundled_model(name.removeprefix("bundled:"))) if name.startswith("bundled:") else name

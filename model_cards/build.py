@@ -17,10 +17,10 @@ import reports
 from huggingface_hub import ModelCard
 
 from hf_spectral_dp import PrivacyCard
+from hf_spectral_dp.bundled import CHECKPOINTS
 from hf_spectral_dp.released_files import README_NAME, REPORT_NAME, hash_released
 
 HERE = Path(__file__).parent
-CHECKPOINTS = HERE.parent / "src" / "hf_spectral_dp" / "checkpoints"
 PUBLIC_NAME = "public.json"
 _PUBLIC = re.compile(r"\bpublic (images|data|digits)\b|\bno private image was used\b", re.IGNORECASE)
 
@@ -78,8 +78,7 @@ def build(out: Path) -> None:
         place = out / folder.name
         place.mkdir(parents=True)
         if (folder / REPORT_NAME).exists():
-            if contradictions := PrivacyCard.load(folder).verify(folder):
-                raise ValueError(f"{folder} is not what its card says: {' '.join(contradictions)}")
+            PrivacyCard.load(folder).raise_contradictions(folder)
             for name in (REPORT_NAME, README_NAME):
                 shutil.copyfile(folder / name, place / name)
             continue

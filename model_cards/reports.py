@@ -22,13 +22,13 @@ from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForI
 
 from hf_spectral_dp import DPSpectralPipeline
 from hf_spectral_dp.assessment import assess
+from hf_spectral_dp.bundled import CHECKPOINTS, bundled_model
 from hf_spectral_dp.image_sources import load_images
 from hf_spectral_dp.real_images import read_real_images
 from hf_spectral_dp.released_files import hash_released
 from hf_spectral_dp.report import FIGURES_NAME, PAGE_NAME, write_report
 
 HERE = Path(__file__).parent
-CHECKPOINTS = HERE.parent / "src" / "hf_spectral_dp" / "checkpoints"
 GENERATORS = {"digits": "digits-super-resolution", "digits-fine": "digits-fine-super-resolution"}
 """Generator to the super-resolution model that completes it."""
 FOLDER = "reports"
@@ -56,15 +56,15 @@ REAL = {
 
 def measured_files(name: str) -> dict[str, Any]:
     """Hashes of everything that the figures of a generator depend on."""
-    return {part: hash_released(CHECKPOINTS / part) for part in (name, GENERATORS[name], "public-features")}
+    return {part: hash_released(bundled_model(part)) for part in (name, GENERATORS[name], "public-features")}
 
 
 def pipeline_of(name: str) -> DPSpectralPipeline:
     """A shipped generator with its super-resolution model."""
     return DPSpectralPipeline(
-        AutoModelForCausalLM.from_pretrained(CHECKPOINTS / name).eval(),
-        AutoImageProcessor.from_pretrained(CHECKPOINTS / name),
-        AutoModelForImageToImage.from_pretrained(CHECKPOINTS / GENERATORS[name]).eval(),
+        AutoModelForCausalLM.from_pretrained(bundled_model(name)).eval(),
+        AutoImageProcessor.from_pretrained(bundled_model(name)),
+        AutoModelForImageToImage.from_pretrained(bundled_model(GENERATORS[name])).eval(),
     )
 
 

@@ -1,16 +1,23 @@
-"""Fixtures that several test files share: one thread, no network, a tiny model with a usable codec."""
+"""What all test files start from: one thread, no network, the examples at hand, a tiny model with a usable codec."""
 
+import io
 import os
+import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face import: no test may reach for the network
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
+sys.path.append(str(Path(__file__).parents[1] / "examples"))  # last: a script there is called evaluate, like a library
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from hf_spectral_dp import SpectralConfig, SpectralTokenizerForCausalLM
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 torch.set_num_threads(1)
 
@@ -65,6 +72,13 @@ def sequences(model: SpectralTokenizerForCausalLM, rows: int = 4, seed: int = 0)
     for scale in (layout.scales[index] for index in layout.scale_of_position):
         columns.append(torch.randint(scale.first_id, scale.first_id + scale.codes, (rows,), generator=generator))
     return torch.stack(columns, dim=1)
+
+
+def encoded(levels: np.ndarray, kind: str = "PNG", **options) -> bytes:
+    """An image file of these levels."""
+    file = io.BytesIO()
+    Image.fromarray(levels).save(file, kind, **options)
+    return file.getvalue()
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ PACKAGE = ROOT / "src" / "hf_spectral_dp"
 
 # A module may import only modules of a smaller number. `privacy.*` knows nothing but itself.
 ORDER = [
+    "bundled",
     "private_marks",
     "safe_loading",
     "wavelets",
@@ -144,6 +145,11 @@ def test_no_file_is_a_drawer_or_a_hall():
             assert len(path.read_text(encoding="utf-8").splitlines()) <= 500, path
 
 
+def test_no_test_file_takes_anything_from_another():
+    for path in (ROOT / "tests").glob("*.py"):
+        assert not re.search(r"^(from|import) test_", path.read_text(encoding="utf-8"), re.MULTILINE), path
+
+
 def test_contributing_fits_one_page():
     assert len((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").splitlines()) <= 50
 
@@ -159,6 +165,23 @@ def test_no_path_of_one_machine():
 def test_every_module_says_what_it_is():
     for path in sources():
         assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), path
+
+
+def test_what_modules_take_from_one_another_is_public():
+    """Each lists its names in `__all__`, and none reaches for what another does not list."""
+    listed: dict[str, list[str]] = {}
+    for path in sources():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+                name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+                listed[name.removesuffix(".__init__")] = ast.literal_eval(node.value)
+    hidden = []
+    for path in sources():
+        for name in imported(path):
+            module, _, wanted = name.rpartition(".")
+            if module in listed and name not in listed and wanted not in listed[module]:
+                hidden.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert len(listed) > 60 and not hidden, hidden
 
 
 def test_every_test_that_the_documents_name_exists():

@@ -10,8 +10,8 @@ import torch
 from card_reports import PUBLISHED
 from conftest import tiny_model
 from randomgen import AESCounter
-from test_trainer import Rows, arguments
 from torch.utils.data import DataLoader, IterableDataset
+from training_parts import Rows, arguments
 
 from hf_spectral_dp import DPTrainer, PrivacyCard
 from hf_spectral_dp.batches import BatchLoader

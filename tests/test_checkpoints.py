@@ -1,33 +1,35 @@
 """The checkpoints inside the package: small, safe to load, with a card that says how to rebuild them, and trained."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from public_glyphs import render_digits
 from sklearn.datasets import load_sample_images
 from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageToImage
 
-import hf_spectral_dp
+from hf_spectral_dp import bundled_model
+from hf_spectral_dp.bundled import CHECKPOINTS
 from hf_spectral_dp.super_resolution import upscale, upscale_to
 
-FOLDER = Path(hf_spectral_dp.__file__).parent / "checkpoints"
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "examples"))  # last: a script there is called evaluate, like a library
-
-from public_glyphs import render_digits  # noqa: E402
-
 ALLOWED = {"model.safetensors", "config.json", "generation_config.json", "preprocessor_config.json", "README.md"}
 
 
 def checkpoints() -> list[Path]:
-    return sorted(path for path in FOLDER.iterdir() if path.is_dir())
+    return sorted(path for path in CHECKPOINTS.iterdir() if path.is_dir())
 
 
 def test_they_are_small_and_hold_nothing_but_weights_configs_and_a_card():
     files = [path for folder in checkpoints() for path in folder.rglob("*")]
     assert sum(path.stat().st_size for path in files) <= 31 * 2**20  # half of it the wide model of photos
     assert {path.name for path in files} <= ALLOWED
+
+
+def test_a_name_that_is_none_of_theirs_is_refused_with_theirs():
+    for name in ("photographs", "../checkpoints/photos", ""):
+        with pytest.raises(ValueError, match="is no model that comes with the package; use one of digits, .*photos"):
+            bundled_model(name)
 
 
 @pytest.mark.parametrize("folder", checkpoints(), ids=lambda folder: folder.name)
@@ -43,8 +45,8 @@ def test_their_cards_name_the_public_source_and_the_scripts_that_rebuild_them(fo
 
 def test_the_digits_are_trained():
     images, labels = render_digits(60, seed=987_654)  # no image of the training seeds
-    processor = AutoImageProcessor.from_pretrained(FOLDER / "digits")
-    model = AutoModelForCausalLM.from_pretrained(FOLDER / "digits").eval()
+    processor = AutoImageProcessor.from_pretrained(bundled_model("digits"))
+    model = AutoModelForCausalLM.from_pretrained(bundled_model("digits")).eval()
     pixels = processor(list(images))["pixel_values"]
     tokens = model.codec.encode(pixels)
     low = torch.nn.functional.avg_pool2d(pixels, 2)
@@ -55,7 +57,7 @@ def test_the_digits_are_trained():
         loss, other = model.per_example_loss(rows), model.per_example_loss(wrong)
     assert loss.mean() < 2.5  # a uniform guess costs 5.6 to 6.2 nats per token
     assert (loss < other).float().mean() > 0.9  # and it knows the classes
-    network = AutoModelForImageToImage.from_pretrained(FOLDER / "digits-super-resolution")
+    network = AutoModelForImageToImage.from_pretrained(bundled_model("digits-super-resolution"))
     detailed = upscale(network, low)
     plain = torch.nn.functional.interpolate(low, scale_factor=2, mode="bicubic")
     assert (detailed - pixels).square().mean() < 0.5 * (plain - pixels).square().mean()
@@ -71,8 +73,8 @@ def test_the_photos_are_trained(name):
         for top in range(0, 427 - side, 64)
         for left in range(0, 640 - side, 128)
     ]
-    processor = AutoImageProcessor.from_pretrained(FOLDER / name)
-    model = AutoModelForCausalLM.from_pretrained(FOLDER / name).eval()
+    processor = AutoImageProcessor.from_pretrained(bundled_model(name))
+    model = AutoModelForCausalLM.from_pretrained(bundled_model(name)).eval()
     pixels = processor(squares)["pixel_values"]
     tokens = model.codec.encode(pixels)
     low = torch.nn.functional.avg_pool2d(pixels, 4)
@@ -84,7 +86,7 @@ def test_the_photos_are_trained(name):
     with torch.no_grad():
         loss = model.per_example_loss(torch.cat([start, tokens], 1))
         mixed = model.per_example_loss(torch.cat([start, tokens[:, order]], 1))
-        network = AutoModelForImageToImage.from_pretrained(FOLDER / f"{name}-super-resolution").eval()
+        network = AutoModelForImageToImage.from_pretrained(bundled_model(f"{name}-super-resolution")).eval()
         detailed = upscale_to(64, network, model.decode(tokens))
     assert loss.mean() < 4.9  # a uniform guess costs 6.35 nats per token
     assert (loss < mixed).float().mean() > 0.9  # and it knows how places hang together
@@ -97,7 +99,7 @@ def test_the_photos_are_trained(name):
 
 
 def test_both_models_of_photos_speak_the_same_tokens():
-    small, wide = (AutoModelForCausalLM.from_pretrained(FOLDER / name) for name in ("photos", "photos-wide"))
+    small, wide = (AutoModelForCausalLM.from_pretrained(bundled_model(name)) for name in ("photos", "photos-wide"))
     assert small.config.layout == wide.config.layout
     for index in range(len(small.config.layout.scales)):
         assert torch.equal(small.codec.codebook(index), wide.codec.codebook(index))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_clipping import llama, looped, losses_of, relative_error, token_rows
+from clipping_parts import llama, looped, losses_of, relative_error, token_rows
 
 from hf_spectral_dp.privacy import book as book_module
 from hf_spectral_dp.privacy.book import Book

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from test_clipping import MODELS, losses_of, token_rows
+from clipping_parts import MODELS, losses_of, token_rows
 from torch import nn
 
 from hf_spectral_dp.privacy.clipping import PerExampleClipper

@@ -3,30 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from critic_parts import blobs, network
 
 from hf_spectral_dp import ClassCritic, DPTrainer, DPTrainingArguments
 from hf_spectral_dp.critic import draw_by_choice
 from hf_spectral_dp.feature_rows import RowsInMemory, critic_arguments
-from hf_spectral_dp.metrics.public_features import PublicFeatureConfig, PublicFeatureNetwork
 from hf_spectral_dp.privacy.clipping import PerExampleClipper
 from hf_spectral_dp.privacy.ledger import read_ledger
 from hf_spectral_dp.trainer import LEDGER
-
-
-def blobs(rows: int = 300, dim: int = 6, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features around one of three means, with directions of very different variance."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(3, (rows,), generator=generator)
-    stretch = torch.logspace(-0.5, 0.5, dim)
-    features = torch.randn(rows, dim, generator=generator) + 3 * torch.eye(3, dim)[labels]
-    return features * stretch + 5, labels
-
-
-def network() -> PublicFeatureNetwork:
-    """Six features of images of 16 x 16, with statistics of its own."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return PublicFeatureNetwork(PublicFeatureConfig(16, (2, 2, 2, 2, 2), 4)).eval()
 
 
 def fitted(features: torch.Tensor, classes: int = 3) -> ClassCritic:

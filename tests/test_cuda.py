@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from conftest import sequences, tiny_model, wild
-from test_trainer import Rows, arguments
+from training_parts import Rows, arguments
 
 from hf_spectral_dp import DPSpectralPipeline, DPTrainer, SpectralImageProcessor
 from hf_spectral_dp.privacy.audit import mechanism_audit

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from clipping_parts import llama, looped, relative_error, token_rows
 from conftest import tiny_model
-from test_clipping import llama, looped, relative_error, token_rows
-from test_trainer import Rows, arguments
+from training_parts import Rows, arguments
 
 from hf_spectral_dp import DPTrainer
 from hf_spectral_dp.privacy.ledger import read_ledger

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from card_reports import COMPOSED, PUBLISHED, changed, fields_of, forged, report
 from conftest import tiny_model
-from test_trainer import Rows, arguments
+from training_parts import Rows, arguments
 
 from hf_spectral_dp import DPTrainer
 from hf_spectral_dp.card import PrivacyCard

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from assessment_parts import tiny_pipeline
 from card_reports import report
 from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
-from test_assessment import tiny_pipeline
 
 from hf_spectral_dp import PrivacyCard
 

@@ -2,84 +2,32 @@
 
 import ast
 import json
-import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import controls
+import job_config
 import numpy as np
 import pytest
 import torch
+import train
 import yaml
-from conftest import tiny_model
+from conftest import EXAMPLES, tiny_model
 from datasets import ClassLabel, Dataset, Features, Image, Value
+from example_jobs import images, run, run_here, tiny_job
 from PIL import Image as Picture
-from test_super_resolution_training import of_half_the_side
+from pipeline_parts import of_half_the_side
 
 from hf_spectral_dp import DPSpectralPipeline, PrivacyCard, SpectralImageProcessor
 from hf_spectral_dp.cli import main as cli
 from hf_spectral_dp.privacy.ledger import read_ledger
-from hf_spectral_dp.super_resolution import SpectralSuperResolution, SpectralSuperResolutionConfig
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
-sys.path.append(str(EXAMPLES))  # last: a script there is called evaluate, like a library
-
-import controls  # noqa: E402
-import job_config  # noqa: E402
-import train  # noqa: E402
-
-
-def images(count: int, seed: int) -> Dataset:
-    generator = np.random.default_rng(seed)
-    rows = {
-        "image": [Picture.fromarray(generator.integers(0, 256, (16, 16), dtype=np.uint8)) for _ in range(count)],
-        "label": [index % 10 for index in range(count)],
-    }
-    return Dataset.from_dict(rows, features=Features({"image": Image(), "label": ClassLabel(num_classes=10)}))
 
 
 @pytest.fixture
 def job(tmp_path) -> dict:
-    """A config whose every part lies in tmp_path."""
-    tiny_model().save_pretrained(tmp_path / "prior")
-    SpectralImageProcessor(image_size=16, num_channels=1).save_pretrained(tmp_path / "prior")
-    network = SpectralSuperResolution(SpectralSuperResolutionConfig(num_channels=1, features=4, num_blocks=1))
-    network.save_pretrained(tmp_path / "detail")
-    (tmp_path / "data").mkdir()
-    images(60, 0).to_parquet(tmp_path / "data" / "train.parquet")
-    images(20, 1).to_parquet(tmp_path / "data" / "test.parquet")
-    columns = {"source": str(tmp_path / "data"), "image_column": "image", "label_column": "label"}
-    return {
-        "output": str(tmp_path / "out"),
-        "data": {**columns, "split": "train", "num_examples": 60, "description": "noise"},
-        "model": {
-            "prior": str(tmp_path / "prior"), "prior_source": "noise", "super_resolution": str(tmp_path / "detail"),
-            "super_resolution_source": "noise",
-        },
-        "training": {
-            "target_epsilon": 8.0, "expected_batch_size": 20, "max_steps": 4, "micro_batch_size": 8, "use_cpu": True,
-            "save_strategy": "steps", "save_steps": 2, "disable_tqdm": True,
-        },
-        "card": {"license": "mit", "hyperparameter_tuning": "by convention", "tuning_data": "none"},
-        "evaluation": {**columns, "split": "test", "images_per_class": 2, "twin_epochs": 1, "classifier_steps": 5},
-    }  # fmt: skip
-
-
-def run(job: dict, tmp_path: Path, *options: str) -> subprocess.CompletedProcess:
-    config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(job))
-    command = [sys.executable, str(EXAMPLES / "train.py"), "--config", str(config), *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-
-
-def run_here(job: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(job))
-    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(config)])
-    train.main()
+    return tiny_job(tmp_path)
 
 
 @pytest.mark.slow

@@ -6,17 +6,12 @@ import zlib
 
 import numpy as np
 import pytest
+from conftest import encoded
 from PIL import Image
 
 from benchmarks import hostile_images
 from hf_spectral_dp import image_decoding
 from hf_spectral_dp.image_decoding import UndecodableImageError, decode_image
-
-
-def encoded(levels: np.ndarray, kind: str = "PNG", **options) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(levels).save(file, kind, **options)
-    return file.getvalue()
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import encoded
 from PIL import Image
-from test_image_decoding import encoded
 
 from hf_spectral_dp.image_sources import load_images
 

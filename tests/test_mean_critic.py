@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_critic import blobs, network
+from critic_parts import ASKED, blobs, knowing, network
 
 from hf_spectral_dp import DPTrainer, MeanCritic, mean_critic
 from hf_spectral_dp.feature_rows import RowsInMemory, draw_choices, mean_arguments
@@ -11,17 +11,6 @@ from hf_spectral_dp.mean_critic import RIDGE
 from hf_spectral_dp.privacy.clipping import PerExampleClipper
 from hf_spectral_dp.privacy.ledger import read_ledger
 from hf_spectral_dp.trainer import LEDGER
-
-ASKED = torch.tensor([0.4, 0.3, -0.2, 0.0, 0.0, 0.0])
-
-
-def knowing(mean: torch.Tensor = ASKED) -> MeanCritic:
-    """A critic that was told this mean (6,) exactly."""
-    critic = MeanCritic.on(network())
-    with torch.no_grad():
-        critic.sums.bias.fill_(0.25)
-        critic.sums.weight.copy_(mean * 0.25)
-    return critic
 
 
 def sets(count: int, size: int = 8, seed: int = 0) -> torch.Tensor:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy import stats
 from sklearn.metrics import roc_auc_score
+from training_parts import Rows
 
 from hf_spectral_dp.metrics.membership import (
     attack_result,
@@ -17,17 +18,8 @@ from hf_spectral_dp.metrics.membership import (
 )
 
 
-def legal_rows(model, count, seed=0):
-    layout, generator = model.config.layout, torch.Generator().manual_seed(seed)
-    columns = [torch.randint(10, (count,), generator=generator) + layout.codes]
-    for index in layout.scale_of_position:
-        scale = layout.scales[index]
-        columns.append(torch.randint(scale.codes, (count,), generator=generator) + scale.first_id)
-    return torch.stack(columns, 1)
-
-
 def test_log_probabilities_are_those_of_the_loss(grey_model):
-    rows = legal_rows(grey_model, 7)
+    rows = Rows(7).rows
     found = token_log_probabilities(grey_model, rows, batch_size=3)
     assert found.shape == (7, 12) and (found < 0).all()
     torch.testing.assert_close(-found.mean(1), grey_model.per_example_loss(rows).detach())
@@ -113,11 +105,11 @@ def test_the_limit_of_several_pairs_is_that_of_the_mechanism():
 
 
 def test_all_attacks_on_one_model(grey_model, colour_model):
-    results = membership_inference(grey_model, legal_rows(grey_model, 120), legal_rows(grey_model, 120, seed=1))
+    results = membership_inference(grey_model, Rows(120).rows, Rows(120, seed=1).rows)
     assert [result.attack for result in results] == [
         "likelihood", "min-20 %", "likelihood gained by the label", "min-20 % of the gain",
     ]  # fmt: skip
     assert all(0.3 < result.auroc < 0.7 for result in results)  # never trained on either
-    rows = legal_rows(colour_model, 120)
+    rows = Rows(120).rows
     rows[:, 0] = colour_model.config.null_token_id
     assert len(membership_inference(colour_model, rows, rows)) == 2  # no label, nothing gained by it

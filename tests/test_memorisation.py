@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from test_membership import legal_rows
+from training_parts import Rows
 
 from hf_spectral_dp.image_decoding import decode_image
 from hf_spectral_dp.image_sources import load_images
@@ -86,7 +86,7 @@ def test_bad_features_are_refused():
 
 
 def test_completions_are_the_likeliest_tokens(grey_model):
-    rows = legal_rows(grey_model, 5)
+    rows = Rows(5).rows
     found = completions(grey_model, rows, prefix=4, batch_size=2)
     slow = rows[:, :5]
     for _ in range(8):
@@ -96,13 +96,13 @@ def test_completions_are_the_likeliest_tokens(grey_model):
 
 def test_a_model_that_knows_rows_by_heart_is_caught(grey_model):
     """Rows that are the model's own likeliest images play the memorised ones."""
-    members, others = legal_rows(grey_model, 120), legal_rows(grey_model, 120, seed=1)
+    members, others = Rows(120).rows, Rows(120, seed=1).rows
     members[:, 3:] = completions(grey_model, members, prefix=2)
     result = extraction(grey_model, members, others, prefix=2)
     assert result.exact_members == 120 and result.matched_members == 1 and result.exact_others < 5 and result.flagged
     table = [[result.exact_members, 0], [result.exact_others, 120 - result.exact_others]]
     assert result.exact_p == pytest.approx(stats.fisher_exact(table, "greater").pvalue)
-    same = extraction(grey_model, others, legal_rows(grey_model, 120, seed=2))
+    same = extraction(grey_model, others, Rows(120, seed=2).rows)
     assert not same.flagged and same.prefix == 3 and same.completed == 9
     with pytest.raises(ValueError, match="prefix=12"):
         extraction(grey_model, members, others, prefix=12)

@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 from card_reports import COMPOSED, report
-from test_critic import network
-from test_pipeline_spectral import coarse_model, pipeline, seeded
-from test_pipeline_spectral import network as super_resolution
+from critic_parts import network
+from pipeline_parts import coarse_model, pipeline, seeded
+from pipeline_parts import network as super_resolution
 
 from hf_spectral_dp import ClassCritic, MeanCritic, PrivacyCard
 from hf_spectral_dp.assessment import draw_images

@@ -9,61 +9,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from pipeline_parts import coarse_model, network, pipeline, seeded
 from transformers import Swin2SRConfig, Swin2SRForImageSuperResolution
 
-from hf_spectral_dp import SpectralConfig, SpectralTokenizerForCausalLM, modeling_spectral
+from hf_spectral_dp import SpectralTokenizerForCausalLM, modeling_spectral
 from hf_spectral_dp.image_processing_spectral import SpectralImageProcessor
 from hf_spectral_dp.pipeline_spectral import DPSpectralPipeline
-from hf_spectral_dp.super_resolution import SpectralSuperResolution, SpectralSuperResolutionConfig, upscale
-
-
-def coarse_model(scales: int = 2, channels: int = 1, num_classes: int = 10) -> SpectralTokenizerForCausalLM:
-    """16x16 images of which the tokens carry 4x4 (one scale), 8x8 (two) or all 16x16 (three)."""
-    torch.manual_seed(0)
-    config = SpectralConfig(
-        image_size=16,
-        num_channels=channels,
-        levels=2,
-        patch_sizes=[2, 2, 4][:scales],
-        codebook_sizes=[16, 16, 16][:scales],
-        num_classes=num_classes,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-    )
-    model = SpectralTokenizerForCausalLM(config)
-    for index in range(scales):
-        model.codec.codebook(index).normal_()
-    return model
-
-
-def network(channels: int = 1, scale: int = 2) -> SpectralSuperResolution:
-    torch.manual_seed(0)
-    return SpectralSuperResolution(
-        SpectralSuperResolutionConfig(num_channels=channels, scale=scale, features=4, num_blocks=1)
-    )
+from hf_spectral_dp.super_resolution import upscale
 
 
 def swin() -> Swin2SRForImageSuperResolution:
     torch.manual_seed(0)
     config = Swin2SRConfig(image_size=8, embed_dim=8, depths=[1], num_heads=[1], window_size=4, mlp_ratio=1.0)
     return Swin2SRForImageSuperResolution(config)
-
-
-def pipeline(scales=2, channels=1, num_classes=10, pad=0, super_resolution=None, **stored) -> DPSpectralPipeline:
-    pipe = DPSpectralPipeline(
-        coarse_model(scales, channels, num_classes),
-        SpectralImageProcessor(image_size=16, num_channels=channels, pad=pad),
-        super_resolution,
-        **stored,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture

@@ -1,18 +1,14 @@
 """Going on from a public prior with fewer scales: what it knew is known, and nothing else passes for such a prior."""
 
 import sys
-from pathlib import Path
 
+import pretrain
 import pytest
 import torch
 from conftest import one_private, sequences, tiny_model, wild
+from pretrain import go_on
 
 from hf_spectral_dp import SpectralConfig, SpectralTokenizerForCausalLM
-
-sys.path.append(str(Path(__file__).parents[1] / "examples"))  # last: a script there is called evaluate, like a library
-
-import pretrain  # noqa: E402
-from pretrain import go_on  # noqa: E402
 
 
 def with_scales(count: int, num_classes: int = 10) -> SpectralTokenizerForCausalLM:

@@ -3,23 +3,26 @@
 import shutil
 from types import SimpleNamespace
 
+import controls
 import pytest
 import torch
 from conftest import tiny_model
-from test_critic import network
-from test_examples import images, job, run, run_here  # noqa: F401  (job is a fixture)
-from test_super_resolution_training import enlarging, of_half_the_side
-from test_warm_start import of_one_budget
+from critic_parts import network
+from example_jobs import images, of_one_budget, run, run_here, tiny_job
+from pipeline_parts import enlarging, of_half_the_side
 
 from hf_spectral_dp import DPSpectralPipeline, MeanCritic, PrivacyCard, SpectralImageProcessor
 from hf_spectral_dp.privacy.ledger import read_ledger
 from hf_spectral_dp.super_resolution import SpectralSuperResolution
 
-import controls  # isort: skip  (test_examples adds its folder)
+
+@pytest.fixture
+def job(tmp_path) -> dict:
+    return tiny_job(tmp_path)
 
 
 @pytest.fixture
-def with_mean(job, tmp_path) -> dict:  # noqa: F811
+def with_mean(job, tmp_path) -> dict:
     network().save_pretrained(tmp_path / "network")
     section = {"kind": "mean", "target_epsilon": 2.0, "network": str(tmp_path / "network")}
     return {**job, "critic": section, "sampling": {"attempts": 2}, "evaluation": {}}
@@ -72,7 +75,7 @@ def with_photos(with_mean, tmp_path) -> dict:
 
 
 @pytest.mark.slow
-def test_detail_learns_from_public_photos_and_the_card_says_so(with_photos, job, tmp_path):  # noqa: F811
+def test_detail_learns_from_public_photos_and_the_card_says_so(with_photos, job, tmp_path):
     with_photos["evaluation"] = job["evaluation"]
     done = run(with_photos, tmp_path)
     assert done.returncode == 0, done.stderr

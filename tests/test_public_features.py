@@ -9,6 +9,7 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageToImage
 
+from hf_spectral_dp import bundled_model
 from hf_spectral_dp.metrics.features import PublicFeatures
 from hf_spectral_dp.metrics.public_features import CHECKPOINT, EYE, PublicFeatureConfig, PublicFeatureNetwork
 from hf_spectral_dp.super_resolution import upscale_to
@@ -111,9 +112,8 @@ def test_the_bundled_eye_knows_squares_of_a_photo_behind_a_codec_again():
     """Whose neighbour in features, among squares as they are, is the same square; far more often than by chance."""
     photo = torch.from_numpy(load_sample_images().images[0].copy()).permute(2, 0, 1).float() / 127.5 - 1
     squares = photo.unfold(1, 64, 64).unfold(2, 64, 64).flatten(1, 2).transpose(0, 1)[:40]
-    folder = CHECKPOINT.parent
-    model = AutoModelForCausalLM.from_pretrained(folder / "photos").eval()
-    detail = AutoModelForImageToImage.from_pretrained(folder / "photos-super-resolution").eval()
+    model = AutoModelForCausalLM.from_pretrained(bundled_model("photos")).eval()
+    detail = AutoModelForImageToImage.from_pretrained(bundled_model("photos-super-resolution")).eval()
     shown = upscale_to(64, detail, model.decode(model.codec.encode(squares)))
     network = PublicFeatureNetwork.from_pretrained(EYE, dtype=torch.float32).eval()
     sharp, coarse = (F.normalize(network.features(some), dim=1) for some in (squares, shown))

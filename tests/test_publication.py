@@ -8,7 +8,7 @@ import torch
 from card_reports import report
 from conftest import tiny_model
 from huggingface_hub import CommitOperationDelete, HfApi
-from test_trainer import Rows, arguments
+from training_parts import Rows, arguments
 
 from hf_spectral_dp import DPSpectralPipeline, DPTrainer, PrivacyCard, SpectralImageProcessor
 from hf_spectral_dp.publication import publish

@@ -16,14 +16,14 @@ from benchmarks.quality import SIZES, Folders, photo_settings, public_generator,
 from benchmarks.quality_data import IMAGE_SETS, check_public
 from benchmarks.quality_figures import coarse_distance, figures
 from benchmarks.quality_methods import DiffusionGenerator, TokenGenerator, train_privately, train_publicly
-from hf_spectral_dp import SpectralConfig
+from hf_spectral_dp import SpectralConfig, bundled_model
+from hf_spectral_dp.bundled import CHECKPOINTS
 from hf_spectral_dp.feature_rows import draw_choices
 from hf_spectral_dp.metrics.features import PublicFeatures
 from hf_spectral_dp.metrics.utility import DIFFERENT
 from hf_spectral_dp.super_resolution import upscale, upscale_to
 
 ROOT = Path(__file__).parents[1]
-BUNDLED = ROOT / "src" / "hf_spectral_dp" / "checkpoints"
 PUBLIC_FIELDS = ("prior", "prior_source", "super_resolution", "super_resolution_source", "public", "public_source")
 
 
@@ -34,7 +34,7 @@ def public_claims() -> dict[str, str]:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
         parts = config["model"] | config.get("critic", {})
         claims |= {f"{path.name}: {field}": str(parts[field]) for field in PUBLIC_FIELDS if field in parts}
-    for path in BUNDLED.glob("*/README.md"):
+    for path in CHECKPOINTS.glob("*/README.md"):
         claims[f"{path.parent.name}/README.md"] = path.read_text(encoding="utf-8")
     return claims
 
@@ -169,7 +169,7 @@ def test_rivals_of_colour_images_end_with_the_bundled_network(name, wide):
     pixels, labels = photos()
     public = torch.nn.functional.interpolate(pixels, (images.size, images.size), mode="area"), labels
     size = replace(SIZES["quick"], public_steps=1, wide=wide)
-    folder = BUNDLED / f"photos{'-wide' * (wide or name != 'cifar10')}-super-resolution"
+    folder = bundled_model(f"photos{'-wide' * (wide or name != 'cifar10')}-super-resolution")
     network = AutoModelForImageToImage.from_pretrained(folder).eval()
     for method, side in {"ours": 16, "raster": images.size, "pixels": 8, "pixels16": 16, "diffusion": 16}.items():
         generator, cost = public_generator(method, name, images, public, size, Folders())

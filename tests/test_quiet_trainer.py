@@ -8,7 +8,7 @@ import card_reports
 import pytest
 import torch
 from conftest import tiny_model
-from test_trainer import Rows, arguments
+from training_parts import Rows, arguments
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 

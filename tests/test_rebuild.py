@@ -2,12 +2,8 @@
 
 import argparse
 import shlex
-import sys
-from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
-
-from rebuild import rebuild_command  # noqa: E402
+from rebuild import rebuild_command
 
 
 def test_the_command_gives_back_the_options_it_was_made_of():

@@ -7,10 +7,10 @@ import subprocess
 from html.parser import HTMLParser
 
 import pytest
+from assessment_parts import owners_assessment, strangers_assessment
 from card_reports import COMPOSED, changed, report
 from PIL import Image
 from scipy.stats import norm
-from test_assessment import owners_assessment, strangers_assessment
 
 from hf_spectral_dp.report import render_report, write_report
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from conftest import tiny_model
-from test_trainer import Rows, arguments
+from training_parts import Rows, arguments
 from transformers import TrainerCallback
 
 from hf_spectral_dp import DPTrainer

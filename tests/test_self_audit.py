@@ -3,13 +3,13 @@
 import torch
 
 from hf_spectral_dp.privacy.clipping import PerExampleClipper
-from hf_spectral_dp.self_audit import _random_rows, _tiny_model, _WithCanaries, one_run_audit
+from hf_spectral_dp.self_audit import _WithCanaries, one_run_audit, random_rows, tiny_model
 
 
 def test_a_canary_is_the_clipping_norm_in_a_coordinate_of_its_own():
-    model = _tiny_model()
+    model = tiny_model()
     audited = _WithCanaries(model, 5)
-    rows = _random_rows(model, 3)
+    rows = random_rows(model.config, 3)
     canaries = torch.zeros(2, rows.shape[1], dtype=torch.long)
     canaries[:, 0] = torch.tensor([-1 - 3, -1 - 5])  # canary 3, and one that was left out
     clipper = PerExampleClipper(audited, 0.5)

@@ -7,17 +7,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import sequences, tiny_model, wild
+from critic_parts import knowing
 from PIL import Image
-from test_mean_critic import knowing
+from pipeline_parts import enlarging, of_half_the_side
 
 from hf_spectral_dp import (
-    SpectralConfig,
     SpectralImageProcessor,
-    SpectralTokenizerForCausalLM,
     super_resolution_training,
 )
 from hf_spectral_dp.private_marks import UNRECORDED
-from hf_spectral_dp.super_resolution import SpectralSuperResolution, SpectralSuperResolutionConfig
 from hf_spectral_dp.super_resolution_training import (
     Coarse,
     Discriminator,
@@ -29,11 +27,6 @@ from hf_spectral_dp.super_resolution_training import (
     square,
     train_super_resolution,
 )
-
-
-def enlarging(**fields) -> SpectralSuperResolution:
-    config = SpectralSuperResolutionConfig(num_channels=1, features=4, num_blocks=1, keep_average=False, **fields)
-    return SpectralSuperResolution(config)
 
 
 def test_the_judge_learns_to_tell_and_says_so_to_the_other_side():
@@ -131,16 +124,6 @@ def test_images_are_seen_as_often_as_the_odds_say(monkeypatch, adversarial):
     met = torch.cat(seen)
     assert steps == 20 and not trained.training
     assert set(met.tolist()) == {50.0, 100.0} and 0.68 < (met == 50).float().mean() < 0.82
-
-
-def of_half_the_side() -> SpectralTokenizerForCausalLM:
-    """A model whose tokens show images of 16 x 16 at side 8."""
-    return SpectralTokenizerForCausalLM(
-        SpectralConfig(
-            image_size=16, num_channels=1, levels=2, patch_sizes=[1, 1], codebook_sizes=[8, 8], hidden_size=16,
-            intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        )
-    )  # fmt: skip
 
 
 def test_mending_learns_from_images_of_the_private_mean_and_leaves_all_else_as_it_is(monkeypatch):

@@ -2,11 +2,11 @@
 
 import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import train
 import yaml
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as Picture
@@ -15,11 +15,6 @@ from text_parts import CAPTIONS, SLOTS, WIDTH, text_encoder, text_model
 from hf_spectral_dp import DPSpectralPipeline, DPTrainer, DPTrainingArguments, PrivacyCard, SpectralImageProcessor
 from hf_spectral_dp.text_encoder import encode_text
 from hf_spectral_dp.token_store import build_token_store
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
-sys.path.append(str(EXAMPLES))  # last: a script there is called evaluate, like a library
-
-import train  # noqa: E402
 
 PALETTE = {"red": (220, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 220), "yellow": (230, 210, 40)}
 

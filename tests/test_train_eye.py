@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import train_eye
 from conftest import one_private
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as Pictures
@@ -13,11 +14,6 @@ from PIL import Image as Pictures
 from hf_spectral_dp import SpectralConfig, SpectralTokenizerForCausalLM
 from hf_spectral_dp.metrics.features import PublicFeatures
 from hf_spectral_dp.super_resolution import SpectralSuperResolution, SpectralSuperResolutionConfig
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
-sys.path.append(str(EXAMPLES))
-
-import train_eye  # noqa: E402
 
 
 @pytest.fixture(scope="module")

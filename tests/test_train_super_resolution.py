@@ -1,22 +1,17 @@
 """The script that trains a super-resolution network on public images: sharp details, and codecs that it mends."""
 
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import train_super_resolution
 from conftest import one_private
 from PIL import Image
 from transformers import AutoModelForImageToImage
 
 from hf_spectral_dp import SpectralConfig, SpectralTokenizerForCausalLM
 from hf_spectral_dp.super_resolution import upscale_to
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
-sys.path.append(str(EXAMPLES))
-
-import train_super_resolution  # noqa: E402
 
 
 def test_a_prior_needs_its_codec(monkeypatch, capsys):

@@ -9,41 +9,12 @@ import torch
 from conftest import tiny_model, wild
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from training_parts import Rows, arguments
 from transformers import TrainerCallback
 
-from hf_spectral_dp import DPTrainer, DPTrainingArguments, privacy_report
+from hf_spectral_dp import DPTrainer, privacy_report
 from hf_spectral_dp.privacy.ledger import LedgerError, read_ledger
 from hf_spectral_dp.trainer import LEDGER
-
-
-class Rows:
-    """Random legal token rows, as a token store gives them."""
-
-    fingerprint = "rows"
-
-    def __init__(self, count: int = 60, seed: int = 0):
-        layout = tiny_model().config.layout
-        generator = torch.Generator().manual_seed(seed)
-        columns = [torch.randint(0, 10, (count,), generator=generator) + layout.codes]
-        for index in layout.scale_of_position:
-            scale = layout.scales[index]
-            columns.append(torch.randint(0, scale.codes, (count,), generator=generator) + scale.first_id)
-        self.rows = torch.stack(columns, 1)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, indices) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.rows[torch.as_tensor(np.asarray(indices), dtype=torch.long)]}
-
-
-def arguments(folder, **changes) -> DPTrainingArguments:
-    chosen = {
-        "target_epsilon": 8.0, "expected_batch_size": 12, "max_steps": 6, "micro_batch_size": 5, "learning_rate": 1e-2,
-        "output_dir": str(folder), "report_to": "none", "use_cpu": True, "disable_tqdm": True, "logging_steps": 2,
-        "save_strategy": "no",
-    }  # fmt: skip
-    return DPTrainingArguments(**{**chosen, **changes})
 
 
 def test_a_run_spends_its_budget_and_reports_it(tmp_path):

@@ -3,25 +3,28 @@
 import shutil
 from pathlib import Path
 
+import critics
 import pytest
 import torch
+import warm_start
 import yaml
 from conftest import tiny_model
-from test_critic import network
-from test_examples import images, job, run, run_here  # noqa: F401  (job is a fixture)
+from critic_parts import network
+from example_jobs import images, of_one_budget, run, run_here, tiny_job
 
-from hf_spectral_dp import ClassCritic, DPSpectralPipeline, DPTrainingArguments, PrivacyCard, SpectralImageProcessor
-from hf_spectral_dp.cli import main as cli
+from hf_spectral_dp import ClassCritic, DPSpectralPipeline, DPTrainingArguments, SpectralImageProcessor
 from hf_spectral_dp.feature_rows import RowsInMemory
 from hf_spectral_dp.privacy.ledger import read_ledger
 from hf_spectral_dp.token_store import build_token_store
 
-import critics  # isort: skip  (test_examples adds its folder)
-import warm_start  # isort: skip
+
+@pytest.fixture
+def job(tmp_path) -> dict:
+    return tiny_job(tmp_path)
 
 
 @pytest.fixture
-def with_critic(job, tmp_path) -> dict:  # noqa: F811
+def with_critic(job, tmp_path) -> dict:
     network().save_pretrained(tmp_path / "network")
     (tmp_path / "photos").mkdir()
     images(50, 2).to_parquet(tmp_path / "photos" / "train.parquet")
@@ -30,19 +33,6 @@ def with_critic(job, tmp_path) -> dict:  # noqa: F811
         "network": str(tmp_path / "network"), "public_steps": 3, "share": 0.2,
     }  # fmt: skip
     return {**job, "critic": section, "sampling": {"attempts": 2}, "evaluation": {}}
-
-
-def of_one_budget(out: Path, charged: tuple[int, int]) -> tuple[dict, str]:
-    """Report of a run with a critic, and the head of the critic's ledger; both runs are counted, once and together."""
-    first, second = (read_ledger(out / name / "privacy_ledger.jsonl") for name in ("critic_training", "training"))
-    assert (first["charged"], second["charged"]) == charged
-    (earlier,) = second["header"]["plan"]["earlier"]
-    assert earlier["noise_multiplier"] == first["header"]["plan"]["noise_multiplier"]
-    report = PrivacyCard.load(out / "pipeline").report
-    assert 7.9 < report["claim"]["epsilon"] <= 8
-    assert report["mechanism"]["earlier_runs"][0]["ledger_head"] == first["head"]
-    assert cli(["verify", str(out / "pipeline"), "--ledger", str(out / "training" / "privacy_ledger.jsonl")]) == 0
-    return report, first["head"]
 
 
 @pytest.mark.slow

@@ -42,7 +42,7 @@ def test_a_folder_is_there_only_when_all_its_files_are(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         new_folder(folder, killed)
-    assert not folder.exists()
+    assert list(tmp_path.iterdir()) == []
 
     def written(scratch):
         (scratch / "part").mkdir()

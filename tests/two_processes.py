@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from clipping_parts import llama, losses_of, token_rows
 from conftest import tiny_model
-from test_clipping import llama, losses_of, token_rows
-from test_trainer import Rows, arguments
 from torch.distributed.fsdp import fully_shard
+from training_parts import Rows, arguments
 
 from hf_spectral_dp import DPTrainer
 from hf_spectral_dp.privacy.clipping import PerExampleClipper

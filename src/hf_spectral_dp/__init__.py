@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageToImage
 
+from .bundled import bundled_model
 from .codec import SpectralCodec
 from .configuration_spectral import SpectralConfig
 from .image_processing_spectral import SpectralImageProcessor
@@ -67,4 +68,5 @@ __all__ = [
     "SpectralSuperResolution",
     "SpectralSuperResolutionConfig",
     "SpectralTokenizerForCausalLM",
+    "bundled_model",
 ]

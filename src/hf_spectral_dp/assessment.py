@@ -36,7 +36,6 @@ from .super_resolution import upscale_to
 _SHOWN = 60  # samples on the page
 _STRIPS = 6  # images shown coarse to fine
 _PANEL = 10  # generated images shown beside their nearest real ones
-_SPENT = "on top of the claim"
 _COPIES = 0.03  # of the generated images, put in to see whether copies would be noticed
 _CHUNK = 512
 
@@ -368,7 +367,7 @@ def _accesses(
     elif utility and private_validation is not None:
         images = f"{len(private_validation.pixels)} images of {private_validation.name}"
         what = f"choice of classifiers on {images}, by the exponential mechanism at epsilon {selection_epsilon:g}"
-        found.append(access(f"{what}, {_SPENT}", True, accounted=True))
+        found.append(access(f"{what}, on top of the claim", True, accounted=True))
     if leakage and training is not None:
         what = f"search for copies and attacks, on {len(training.pixels)} training images of {training.name}"
         found.append(access(what, True))
@@ -404,13 +403,11 @@ def for_the_card(assessment: Assessment, report: Mapping[str, Any]) -> dict[str,
         rows.append({"metric": metric, **figures, "n": result.n, "note": note, "private": private or chosen_privately})
     utility = [row | {"dataset": assessment.real["name"], "accounted": not row["private"]} for row in rows]
     # The claim is that of the training: what else was spent stands beside it, in words.
-    looks = [
-        {"what": access["what"], "accounted": False, "released": True}
-        for access in assessment.accesses
-        if access["private"] and access["released"]
-    ]
-    spent = [look for look in looks if _SPENT in look["what"]]  # as often as it was spent
-    looks = [look for look in looks if _SPENT not in look["what"]]
+    known = [access for access in assessment.accesses if access["private"] and access["released"]]
+    looks, spent = (
+        [{"what": look["what"], "accounted": False, "released": True} for look in known if look["accounted"] == paid]
+        for paid in (False, True)  # the latter stand there as often as they were paid for
+    )
     audit = _audit_rows(assessment, report)
     return {
         **report,
@@ -443,49 +440,43 @@ def _joined(old: list[dict[str, Any]], new: list[dict[str, Any]], names: tuple[s
 
 def _audit_rows(assessment: Assessment, report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The search for copies, with copies put in as its control; attacks on tokens only where a twin is theirs."""
-    rows = []
-    for name, leak in assessment.leakage.items():
-        if name != "this model":
-            continue
-        found, control = leak.copying, leak.copies_noticed
-        rows.append(
-            {
-                "attack": "nearest neighbours of generated images among training and held-out images",
-                "quantity": f"share nearest to a training image (by chance {found.expected})",
-                "shown": found.share,
-                "claimed": None,
-                "confidence": None,
-                "n": found.generated,
-                "control": "3 % of the generated images replaced by training images",
-                "control_shown": control.share,
-                "control_caught": control.flagged,
-                "verdict": "evidence only",
-                "note": f"{VERDICTS[leak.verdict]}. {EVIDENCE}",
-            }
-        )
-        twin = assessment.leakage.get("without privacy")
-        if twin is None:
-            continue
-        limit = row_limit(report)
-        pairs = list(zip(leak.membership, twin.membership, strict=True))
-        pairs.append((leak.extraction.attack, twin.extraction.attack))
-        for result, control_result in pairs:
-            rows.append(
-                {
-                    "attack": f"membership inference on tokens: {result.attack}",
-                    "quantity": "AUROC",
-                    "shown": result.auroc,
-                    "claimed": None if limit is None else _short(limit),
-                    "confidence": None,
-                    "n": result.members + result.others,
-                    "control": "the same model trained without privacy",
-                    "control_shown": control_result.auroc,
-                    "control_caught": control_result.caught,
-                    "verdict": "evidence only",
-                    "note": EVIDENCE,
-                }
-            )
-    return rows
+    if not assessment.leakage:
+        return []
+    leak, twin = assessment.leakage["this model"], assessment.leakage.get("without privacy")
+    found, noticed = leak.copying, leak.copies_noticed
+    copies = {
+        "attack": "nearest neighbours of generated images among training and held-out images",
+        "quantity": f"share nearest to a training image (by chance {found.expected})",
+        "shown": found.share,
+        "claimed": None,
+        "confidence": None,
+        "n": found.generated,
+        "control": "3 % of the generated images replaced by training images",
+        "control_shown": noticed.share,
+        "control_caught": noticed.flagged,
+        "verdict": "evidence only",
+        "note": f"{VERDICTS[leak.verdict]}. {EVIDENCE}",
+    }
+    if twin is None:
+        return [copies]
+    limit = row_limit(report)
+    attacks = zip([*leak.membership, leak.extraction.attack], [*twin.membership, twin.extraction.attack], strict=True)
+    return [copies] + [
+        {
+            "attack": f"membership inference on tokens: {result.attack}",
+            "quantity": "AUROC",
+            "shown": result.auroc,
+            "claimed": None if limit is None else _short(limit),
+            "confidence": None,
+            "n": result.members + result.others,
+            "control": "the same model trained without privacy",
+            "control_shown": control.auroc,
+            "control_caught": control.caught,
+            "verdict": "evidence only",
+            "note": EVIDENCE,
+        }
+        for result, control in attacks
+    ]
 
 
 __all__ = ["VERDICTS", "Assessment", "Leakage", "Panel", "assess", "draw_images", "for_the_card", "row_limit", "shown"]

@@ -156,6 +156,11 @@ class PrivacyCard:
         """
         return [contradiction for found in self.checks(folder, ledger).values() for contradiction in found]
 
+    def raise_contradictions(self, folder: str | Path) -> None:
+        """Raises ValueError if `verify` contradicts that the folder is what the card says; names all contradictions."""
+        if contradictions := self.verify(folder):
+            raise ValueError(f"{str(folder)!r} is not what its card says: {' '.join(contradictions)}")
+
     def checks(self, folder: str | Path | None = None, ledger: str | Path | None = None) -> dict[str, list[str]]:
         """As `verify`, by check: what was checked, and its contradictions."""
         report = self.report

@@ -156,8 +156,7 @@ def _card(arguments: argparse.Namespace) -> int:
 def _registry(arguments: argparse.Namespace) -> int:
     """Prints the record of a card that nothing contradicts."""
     card = PrivacyCard.load(arguments.folder)
-    if contradictions := card.verify(arguments.folder):
-        raise ValueError(f"{str(arguments.folder)!r} is not what its card says: {' '.join(contradictions)}")
+    card.raise_contradictions(arguments.folder)
     record = registry_record(
         card,
         curators=arguments.curator,

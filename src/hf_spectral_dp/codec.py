@@ -163,3 +163,6 @@ def codec_fingerprint(codec: nn.Module) -> str:
         digest.update(f"{name}{values.shape}".encode())
         digest.update(values.astype("<f4").tobytes())
     return digest.hexdigest()
+
+
+__all__ = ["SpectralCodec", "codec_fingerprint"]

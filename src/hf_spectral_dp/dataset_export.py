@@ -24,9 +24,10 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from huggingface_hub import CommitOperationAdd, HfApi
 from tqdm import tqdm
 
-from .card import README_NAME, REPORT_NAME, PrivacyCard
+from .card import PrivacyCard
 from .configuration_spectral import SpectralConfig
 from .pipeline_spectral import SAMPLING_VALUES, UPSCALING_MODES, DPSpectralPipeline
+from .released_files import README_NAME, REPORT_NAME
 from .whole_files import replace_files
 
 SETTINGS_NAME = "export.json"
@@ -246,9 +247,7 @@ def _settings(
     upscaling: str, sampling: dict[str, float],
 ) -> dict[str, Any]:  # fmt: skip
     """Everything that the images depend on, checked."""
-    contradictions = PrivacyCard.load(source).verify(source)
-    if contradictions:
-        raise ValueError(f"{str(source)!r} is not what its card says: {' '.join(contradictions)}")
+    PrivacyCard.load(source).raise_contradictions(source)
     if num_images < 1 or batch_size < 1 or not 1 <= shard_size <= 100_000:
         raise ValueError(
             f"num_images={num_images} and batch_size={batch_size} must be at least 1, shard_size={shard_size} in"

@@ -67,7 +67,10 @@ def generate_files(arguments: argparse.Namespace) -> list[Path]:
     if labels is None and arguments.prompt is None:
         labels = list(range(pipe.model.config.num_classes)) or None
     generator = torch.Generator(arguments.device)
-    generator.seed() if arguments.seed is None else generator.manual_seed(arguments.seed)
+    if arguments.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(arguments.seed)
     negative, temperature = arguments.negative_prompt, arguments.temperature
     images = pipe(
         arguments.prompt,

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from datasets import ClassLabel, Dataset, Features, IterableDataset, Value, load_dataset, load_dataset_builder
+from datasets import ClassLabel, Dataset, Features, IterableDataset, Value, load_dataset_builder
 from datasets import Image as ImageFeature
 from PIL import Image
 
@@ -43,8 +43,8 @@ def load_images(
         config_name: configuration of a Hub dataset that has several.
         caption_files: for a folder of images: a folder with one text file per image, of the image's name and with one
             caption a line (as MM-CelebA-HQ has), or a JSON file of COCO's captions. The rows are then all images in the
-            folder, in the order of their paths, with the columns "image" and "captions" (a list, maybe empty), and the
-            one split is called "train".
+            folder, hidden ones aside, in the order of their paths, with the columns "image" and "captions" (a list,
+            maybe empty), and the one split is called "train".
 
     Returns:
         `datasets.IterableDataset`, or `datasets.Dataset` with `streaming=False`.
@@ -73,7 +73,8 @@ def load_images(
     if os.path.isdir(source):
         _check_splits(Path(source), files)
     if not streaming:
-        return load_dataset(source, config_name, split=split, revision=revision)
+        builder.download_and_prepare()
+        return builder.as_dataset(split)
     if split not in files:
         if files:
             raise ValueError(f"split={split!r} does not exist in {source!r}; choose one of {sorted(map(str, files))}.")
@@ -102,8 +103,7 @@ def _check_splits(folder: Path, files: Mapping[Any, Sequence[Any]]) -> None:
     It guesses splits from the names of folders and files. So "scan-test-1.png" would be all of a split "test", and the
     images beside it in none; of "Training" and "Testing" it knows neither, and all images would be in "train".
     """
-    images = [path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES]
-    images = [path for path in images if not any(part.startswith((".", "__")) for part in path.parts)]
+    images = [Path(path).relative_to(folder) for path in _image_files(folder)]
     listed = sum(Path(str(path)).suffix.lower() in SUFFIXES for paths in files.values() for path in paths)
     remedy = "put them into folders called train and test, with one folder per class inside, and no such word elsewhere"
     if 0 < listed < len(images):
@@ -117,6 +117,14 @@ def _check_splits(folder: Path, files: Mapping[Any, Sequence[Any]]) -> None:
             f"{str(folder)!r} has the folders {sorted(tops)}, which would all be in the split {next(iter(files))!s};"
             f" {remedy}."
         )
+
+
+def _image_files(folder: Path) -> list[str]:
+    """Paths of all images below a folder, in order; as for `datasets`, hidden ones and those in "__MACOSX" are none."""
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    return sorted(
+        str(path) for path in found if not any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
+    )
 
 
 def _parquet_features(path: str) -> Features:
@@ -138,7 +146,7 @@ def _captioned_images(folder: Path, caption_files: Path, split: str, streaming: 
     for path in (folder, caption_files):
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist; name a folder of images and its caption files.")
-    paths = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    paths = _image_files(folder)
     names = [Path(path).stem if caption_files.is_dir() else Path(path).name for path in paths]
     if twice := next((name for name, count in Counter(names).items() if count > 1), None):
         raise ValueError(

@@ -94,3 +94,6 @@ class TokenLayout:
             first_id, first_position = first_id + codes, first_position + scale.tokens
             scales.append(scale)
         return cls(tuple(scales))
+
+
+__all__ = ["Scale", "TokenLayout"]

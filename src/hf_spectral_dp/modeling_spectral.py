@@ -448,4 +448,4 @@ class SpectralTokenizerForCausalLM(HubModel, PreTrainedModel, GenerationMixin):
         return self.codec.decode(tokens)
 
 
-__all__ = ["SpectralTokenizerForCausalLM"]
+__all__ = ["CodeHead", "SpectralTokenizerForCausalLM"]

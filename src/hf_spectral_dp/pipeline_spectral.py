@@ -4,10 +4,8 @@ Everything here is post-processing of a model that was trained with differential
 and costs no privacy, however many images are drawn.
 """
 
-import filecmp
 import json
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from numbers import Integral
@@ -216,7 +214,7 @@ class DPSpectralPipeline(DiffusionPipeline):
             FileNotFoundError: there is no such folder, or no card in it.
             ValueError: the card does not speak of these weights, or is contradicted.
         """
-        from .publication import publish
+        from .publication import check_saved, publish
 
         folder = Path(self.config.get("_name_or_path") or "")
         if not (folder / "model_index.json").is_file():
@@ -224,12 +222,7 @@ class DPSpectralPipeline(DiffusionPipeline):
                 "this pipeline lies in no local folder, and none is published without its card; call"
                 " save_pretrained(folder) and PrivacyCard(report).save(folder) first."
             )
-        for name, component in self.components.items():
-            if isinstance(component, PreTrainedModel) and not _is_saved(component, folder / name):
-                raise ValueError(
-                    f"the weights of {name} in memory are not those in {str(folder)!r}; save the pipeline and its card"
-                    " again."
-                )
+        check_saved(self.components, folder)
         return publish(
             folder, repo_id, commit_message=commit_message, private=private, token=token, create_pr=create_pr
         )
@@ -332,33 +325,11 @@ class DPSpectralPipeline(DiffusionPipeline):
                 )
         if self.model.training:  # with gradient checkpointing, training mode drops the key-value cache without an error
             raise ValueError("model.training=True, but sampling needs evaluation mode; call `pipe.model.eval()` first.")
-        if output_type == "latent":
-            upscaling = "none"
-        enlarge: Upscaler | None = None
-        if upscaling in RESAMPLING_MODES:
-            enlarge = upscaler(upscaling, config.image_size // config.coarse_size)
-        elif upscaling != "none" and config.coarse_size < config.image_size:
-            backend = self.super_resolution if upscaling == "model" else upscaling
-            if backend is None:
-                raise ValueError(
-                    f"super_resolution=None, but coarse_size={config.coarse_size} is below"
-                    f" image_size={config.image_size}; give the pipeline a public super-resolution model, or ask for"
-                    " upscaling='bicubic' (no new detail) or 'none' (coarse images)."
-                )
-            enlarge = upscaler(backend)
-            _check_scale(enlarge, config)
+        enlarge = self._enlarger("none" if output_type == "latent" else upscaling)
         scales = config.layout.scales
         if num_scales is not None and (not isinstance(num_scales, Integral) or not 1 <= num_scales <= len(scales)):
             raise ValueError(f"num_scales={num_scales} must be in [1, {len(scales)}], the scales of the model.")
-        labels = None
-        if class_labels is not None:
-            try:
-                labels = torch.as_tensor(class_labels)
-            except (RuntimeError, TypeError, ValueError):  # text, None, a set
-                labels = torch.empty(0)
-            if not labels.numel() or labels.ndim > 1 or labels.is_floating_point() or labels.dtype == torch.bool:
-                raise ValueError(f"class_labels={class_labels} must be an integer or a non-empty list of integers.")
-            labels = labels.long().reshape(-1).repeat_interleave(num_images)
+        labels = None if class_labels is None else _label_per_image(class_labels, num_images)
         texts = self._encode_prompts(prompt, negative_prompt, num_images)
         if guidance_scale is None:
             guidance_scale = 1.0 if labels is None and not texts else self.config.guidance_scale
@@ -423,6 +394,24 @@ class DPSpectralPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
+    def _enlarger(self, upscaling: Upscaling | Any) -> Upscaler | None:
+        """What brings coarse images to the full size; None where they stay as they are, or have it."""
+        config = self.model.config
+        if upscaling in RESAMPLING_MODES:
+            return upscaler(upscaling, config.image_size // config.coarse_size)
+        if upscaling == "none" or config.coarse_size == config.image_size:
+            return None
+        backend = self.super_resolution if upscaling == "model" else upscaling
+        if backend is None:
+            raise ValueError(
+                f"super_resolution=None, but coarse_size={config.coarse_size} is below image_size={config.image_size};"
+                " give the pipeline a public super-resolution model, or ask for upscaling='bicubic' (no new detail) or"
+                " 'none' (coarse images)."
+            )
+        enlarge = upscaler(backend)
+        _check_scale(enlarge, config)
+        return enlarge
+
     def _both_sizes(
         self, draw: Callable[[Tensor, int], Tensor], batch: int, places: Tensor, attempt: int
     ) -> tuple[Tensor, Tensor]:
@@ -464,14 +453,15 @@ class DPSpectralPipeline(DiffusionPipeline):
         }
 
 
-def _is_saved(model: PreTrainedModel, folder: Path) -> bool:
-    """Whether a folder holds exactly the weights that saving the model now would write."""
-    with tempfile.TemporaryDirectory() as scratch:
-        model.save_pretrained(scratch)
-        names = {path.name for path in Path(scratch).glob("*.safetensors")}
-        return names == {path.name for path in folder.glob("*.safetensors")} and all(
-            filecmp.cmp(Path(scratch) / name, folder / name, shallow=False) for name in names
-        )
+def _label_per_image(class_labels: int | Sequence[int] | Tensor, num_images: int) -> Tensor:
+    """Labels (images,) of `num_images` images for each of the class labels, one after the other."""
+    try:
+        labels = torch.as_tensor(class_labels)
+    except (RuntimeError, TypeError, ValueError):  # text, None, a set
+        labels = torch.empty(0)
+    if not labels.numel() or labels.ndim > 1 or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(f"class_labels={class_labels} must be an integer or a non-empty list of integers.")
+    return labels.long().reshape(-1).repeat_interleave(num_images)
 
 
 def _check_scale(enlarge: Upscaler, config: SpectralConfig) -> None:

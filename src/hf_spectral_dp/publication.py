@@ -1,9 +1,14 @@
 """To the Hub and back: a saved pipeline or model with its card in one commit, and nothing that lies beside them."""
 
+import filecmp
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
+from transformers import PreTrainedModel
 
 from .card import PrivacyCard
 from .released_files import README_NAME, REPORT_NAME, SAMPLES_NAME, is_public, public_files
@@ -41,11 +46,7 @@ def publish(
         FileNotFoundError: the folder holds no card.
         ValueError: the card is not valid, or `PrivacyCard.verify` contradicts it. Nothing was uploaded.
     """
-    contradictions = PrivacyCard.load(folder).verify(folder)
-    if contradictions:
-        raise ValueError(
-            f"{str(folder)!r} is not what its card says, so it is not uploaded: {' '.join(contradictions)}"
-        )
+    PrivacyCard.load(folder).raise_contradictions(folder)
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     names = public_files(folder)
@@ -65,6 +66,29 @@ def publish(
         create_pr=create_pr,
     )
     return str(commit)
+
+
+def check_saved(components: Mapping[str, Any], folder: Path) -> None:
+    """Whether a saved pipeline holds exactly the weights that saving its models now would write.
+
+    Args:
+        components: of the pipeline, by name; those that are no models are not looked at.
+
+    Raises:
+        ValueError: weights in memory that are not in the folder.
+    """
+    for name, model in components.items():
+        if not isinstance(model, PreTrainedModel):
+            continue
+        with tempfile.TemporaryDirectory() as scratch:
+            model.save_pretrained(scratch)
+            now, saved = ({path.name for path in each.glob("*.safetensors")} for each in (Path(scratch), folder / name))
+            same = (filecmp.cmp(Path(scratch) / file, folder / name / file, shallow=False) for file in now)
+            if now != saved or not all(same):
+                raise ValueError(
+                    f"the weights of {name} in memory are not those in {str(folder)!r}; save the pipeline and its card"
+                    " again."
+                )
 
 
 def fetch(
@@ -119,4 +143,4 @@ def strangers(repo_id: str, folder: str | Path, *, revision: str | None = None, 
     return sorted(set(names) - listed - set(hidden))
 
 
-__all__ = ["fetch", "publish", "strangers"]
+__all__ = ["check_saved", "fetch", "publish", "strangers"]

@@ -259,4 +259,4 @@ def _against_each_other(report: dict[str, Any]) -> list[str]:
     return problems
 
 
-__all__ = ["SCHEMA", "canonical", "leaves", "name_of", "parse", "plan_of", "rule"]
+__all__ = ["SCHEMA", "canonical", "check_words", "leaves", "name_of", "parse", "plan_of", "rule"]

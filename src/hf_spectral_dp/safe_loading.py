@@ -120,4 +120,4 @@ def check_shards(folder: str | os.PathLike) -> None:
                 )
 
 
-__all__ = ["HubModel", "check_index", "check_shards"]
+__all__ = ["REPORT_NAME", "HubModel", "check_index", "check_shards"]

@@ -24,7 +24,7 @@ from .training_args import DPTrainingArguments
 _DELTA = 1e-5
 
 
-def _tiny_model() -> SpectralTokenizerForCausalLM:
+def tiny_model() -> SpectralTokenizerForCausalLM:
     """Twelve tokens of 16 codes on three scales, ten classes."""
     config = SpectralConfig(
         image_size=16, num_channels=1, levels=2, patch_sizes=[2, 2, 4], codebook_sizes=[16, 16, 16], num_classes=10,
@@ -33,13 +33,13 @@ def _tiny_model() -> SpectralTokenizerForCausalLM:
     return SpectralTokenizerForCausalLM(config)
 
 
-def _random_rows(model: SpectralTokenizerForCausalLM, count: int) -> Tensor:
-    """Legal rows (count, 1 + T): a class, then uniform codes of each position's scale."""
-    layout = model.config.layout
-    columns = [torch.randint(model.config.num_classes, (count,)) + layout.codes]
+def random_rows(config: SpectralConfig, count: int, generator: torch.Generator | None = None) -> Tensor:
+    """Legal rows (count, 1 + T) for a model with classes: one of them, then uniform codes of each position's scale."""
+    layout = config.layout
+    columns = [torch.randint(config.num_classes, (count,), generator=generator) + layout.codes]
     for index in layout.scale_of_position:
         scale = layout.scales[index]
-        columns.append(torch.randint(scale.codes, (count,)) + scale.first_id)
+        columns.append(torch.randint(scale.codes, (count,), generator=generator) + scale.first_id)
     return torch.stack(columns, 1)
 
 
@@ -124,8 +124,8 @@ def one_run_audit(
     """
     with torch.random.fork_rng():
         torch.seed()
-        model = _tiny_model()
-        ordinary = _random_rows(model, 200)
+        model = tiny_model()
+        ordinary = random_rows(model.config, 200)
     included = np.random.default_rng().random(canaries) < 0.5
     rows = torch.zeros(canaries, ordinary.shape[1], dtype=torch.long)
     rows[:, 0] = torch.from_numpy(np.where(included, -1 - np.arange(canaries), -1 - canaries))
@@ -155,8 +155,8 @@ def membership_audit(
     """
     with torch.random.fork_rng():
         torch.seed()
-        model = _tiny_model()
-        members, others = _random_rows(model, rows), _random_rows(model, rows)
+        model = tiny_model()
+        members, others = random_rows(model.config, rows), random_rows(model.config, rows)
     _train(
         model, members, epsilon, noise, device, sampling_rate=0.5, max_steps=steps, micro_batch_size=256,
         learning_rate=1e-2,
@@ -220,4 +220,12 @@ def audit_installation(
         )  # fmt: skip
 
 
-__all__ = ["AuditRow", "OneRunAudit", "audit_installation", "membership_audit", "one_run_audit"]
+__all__ = [
+    "AuditRow",
+    "OneRunAudit",
+    "audit_installation",
+    "membership_audit",
+    "one_run_audit",
+    "random_rows",
+    "tiny_model",
+]

@@ -309,11 +309,8 @@ def _diffusers_upscaler(pipeline: DiffusionPipeline, options: dict[str, Any]) ->
     prompt = options.get("prompt", "")
     if not isinstance(prompt, str):
         raise ValueError(f"prompt={prompt!r} must be one text, which holds for all images.")
-    if not prompt and not options.get("negative_prompt"):
-        options = {
-            "guidance_scale": 1.0,
-            **options,
-        }  # guidance between two empty texts is the same image at twice the cost
+    if not prompt and not options.get("negative_prompt"):  # guiding empty texts costs twice for nothing
+        options = {"guidance_scale": 1.0, **options}
 
     def run_with_text(images: Tensor) -> Tensor:
         texts = {key: [options.get(key) or ""] * len(images) for key in ("prompt", "negative_prompt")}

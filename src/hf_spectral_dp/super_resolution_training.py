@@ -346,8 +346,10 @@ __all__ = [
     "Discriminator",
     "Schedule",
     "mend_towards",
+    "one_cycle",
     "public_squares",
     "redrawn",
+    "square",
     "squares",
     "train_super_resolution",
 ]

@@ -12,7 +12,6 @@ Tokens are as sensitive as the images they come from: the codec decodes them. Ke
 import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -31,7 +30,7 @@ from .privacy.units import FirstRows
 from .row_file import RowFile
 from .text_encoder import check_text_encoder
 from .views import Views
-from .whole_files import put_in_place, sync
+from .whole_files import new_folder
 
 logger = logging.getLogger(__name__)
 
@@ -242,11 +241,8 @@ def build_token_store(
     if folder.exists() and not (overwrite and (folder / _FACTS).exists()):
         remedy = "pass overwrite=True or load it" if (folder / _FACTS).exists() else "choose a new folder"
         raise FileExistsError(f"folder={str(folder)!r} already exists; {remedy}.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = folder.with_name(f".{folder.name}-incomplete")
-    shutil.rmtree(scratch, ignore_errors=True)  # what a killed process left: rows of private images
-    scratch.mkdir()
-    try:
+
+    def write(scratch: Path) -> None:
         captions = None
         if caption_column is not None:
             captions = CaptionWriter(scratch, text_encoder, tokenizer, model.config.max_text_tokens)
@@ -261,9 +257,8 @@ def build_token_store(
                 f"not one image has a class: label_column={label_column!r} holds none of class_names={class_names!r};"
                 " write the names as the data have them, or leave out label_column for a model without classes."
             )
-        _publish(scratch, folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+
+    new_folder(folder, write)  # a killed process leaves rows of private images beside it until the next call
     return TokenStore(folder)
 
 
@@ -442,13 +437,6 @@ def _encode(pixels: Any, model: Any) -> np.ndarray:
     """Image tokens (b, T) of pixel values, encoded where the codec lies."""
     device = next((tensor.device for tensor in model.codec.state_dict().values()), torch.device("cpu"))
     return model.codec.encode(pixels.to(device)).cpu().numpy()
-
-
-def _publish(scratch: Path, folder: Path) -> None:
-    """Makes the complete store appear under its name, durably and at once."""
-    for path in (*scratch.iterdir(), scratch):
-        sync(path)
-    put_in_place(scratch, folder)
 
 
 def _rows(chunk: Any, views: int, row_length: int) -> np.ndarray:

@@ -189,7 +189,7 @@ class DPTrainer(QuietTrainer):
         finally:
             if self._ledger is not None:
                 self._ledger.close()
-        self._postprocess()
+        self._take_average()
         head = [self._head]
         if self.args.world_size > 1:  # only the first process has it
             dist.broadcast_object_list(head, 0, device=self.args.device)
@@ -340,7 +340,7 @@ class DPTrainer(QuietTrainer):
         }
         if self._persons:
             header["persons"] = True
-        if self._earlier:  # not an empty list: ledgers that were begun before there was one can still be continued
+        if self._earlier:
             header["earlier_runs"] = self._sealed_earlier()
         return header
 
@@ -369,7 +369,8 @@ class DPTrainer(QuietTrainer):
             average.lerp_(self._clipper.parameters[name].float(), 1 - self.args.ema_decay)
 
     @torch.no_grad()
-    def _postprocess(self) -> None:
+    def _take_average(self) -> None:
+        """Gives the model the averaged weights, if there are any: post-processing of what was released."""
         for name, average in self._average.items():
             self._clipper.parameters[name].copy_(average)
 

@@ -146,3 +146,6 @@ def idwt2(subbands: Subbands) -> Tensor:
         rows, columns = (_matrix(subbands.wavelet, side, bands) for side in bands.shape[-2:])
         low = rows.T @ bands @ columns
     return low
+
+
+__all__ = ["Detail", "Subbands", "approximation", "check_wavelet", "dwt2", "idwt2"]

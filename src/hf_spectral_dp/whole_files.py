@@ -36,16 +36,20 @@ def new_folder(folder: Path, write: Callable[[Path], Any]) -> None:
     """Makes a folder that is there only when all its files are, and then outlives a power failure.
 
     Args:
-        folder: is not there yet. What a killed process left beside it is written anew.
-        write: fills the empty folder that it is given, such as `model.save_pretrained`.
+        folder: what is there already is replaced; what a killed process left beside it goes.
+        write: fills the empty folder that it is given, such as `model.save_pretrained`. If it fails, nothing is left of
+            that folder, and `folder` is what it was.
     """
-    scratch = folder.with_name(f".{folder.name}")
+    scratch = folder.with_name(f".{folder.name}-incomplete")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    write(scratch)
-    for path in (*scratch.rglob("*"), scratch):
-        sync(path)
-    put_in_place(scratch, folder)
+    try:
+        write(scratch)
+        for path in (*scratch.rglob("*"), scratch):
+            sync(path)
+        put_in_place(scratch, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def put_in_place(staged: Path, target: Path) -> None:

@@ -235,4 +235,4 @@ def read_images(
         warnings.warn(f"{unreadable} images could not be read and were left out of the evaluation.", stacklevel=2)
 
 
-__all__ = ["BETTER", "evaluate_images", "read_images"]
+__all__ = ["BETTER", "Row", "evaluate_images", "read_images"]

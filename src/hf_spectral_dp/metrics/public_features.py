@@ -6,15 +6,15 @@ compared with published ones. `EYE` is for critics of classes: it was trained to
 as a codec blurs them or not, so it overlooks what metrics have to see.
 """
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "public-features"
-EYE = Path(__file__).parents[1] / "checkpoints" / "public-eye"
+from ..bundled import CHECKPOINTS
+
+CHECKPOINT = CHECKPOINTS / "public-features"
+EYE = CHECKPOINTS / "public-eye"
 
 
 class PublicFeatureConfig(PretrainedConfig):

@@ -414,4 +414,4 @@ def _add_product(sums: dict[nn.Parameter, Tensor], weight: nn.Parameter, left: T
         sums[weight] = (left @ right).view(weight.shape)
 
 
-__all__ = ["Book"]
+__all__ = ["SLACK", "Book", "precise"]

@@ -339,7 +339,7 @@ class PrivacyPlan:
         return gaussian_epsilon(1 / math.sqrt(precision), self.delta) if precision else 0.0  # all Gaussians are one
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, for `from_dict`; "earlier" only where there are any, as ledgers have always held it."""
+        """Plain JSON values, for `from_dict`; "earlier" only where there are any."""
         fields = {**dataclasses.asdict(self), "earlier": [run.to_dict() for run in self.earlier]}
         return {name: value for name, value in fields.items() if name != "earlier" or value}
 
@@ -463,11 +463,16 @@ class PrivacyBudget:
 
 
 __all__ = [
+    "RELATIONS",
+    "SAMPLING",
     "PrivacyBudget",
     "PrivacyPlan",
-    "SAMPLING",
     "default_delta",
+    "deltas_of",
     "epsilon_of",
     "event_from_dict",
     "event_to_dict",
+    "gaussian_epsilon",
+    "least_delta",
+    "round_up",
 ]

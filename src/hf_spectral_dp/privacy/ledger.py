@@ -390,3 +390,6 @@ def _close_inherited() -> None:
 
 
 os.register_at_fork(after_in_child=_close_inherited)
+
+
+__all__ = ["BudgetExhausted", "LedgerError", "PrivacyLedger", "read_ledger"]

@@ -276,3 +276,6 @@ class GaussianNoise:
             return drawn.normal_(generator=generators[like.device])
 
         return draw
+
+
+__all__ = ["GaussianNoise", "describe_randomness", "noise_source", "secret_coins", "system_generator"]

@@ -192,3 +192,6 @@ def check_sampler(sampler: Any, plan: PrivacyPlan, rank: int = 0, world_size: in
             f" sampling={plan.sampling!r}, that is for the {type(planned).__name__} of the plan. Leave the loader of"
             " DPTrainer as it is."
         )
+
+
+__all__ = ["PoissonSampler", "SinglePass", "TruncatedPoissonSampler", "check_sampler", "sampler_for"]

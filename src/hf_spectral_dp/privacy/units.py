@@ -102,3 +102,6 @@ class OneRowPerUnit:
     def draw(self, chosen: np.ndarray) -> np.ndarray:
         """A row (int64) of each unit in `chosen`, in its order."""
         return self._rows[self._starts[chosen] + self._generator.integers(0, self._counts[chosen])]
+
+
+__all__ = ["FirstRows", "OneRowPerUnit"]
