@@ -5,7 +5,9 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from numbers import Integral, Real
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
@@ -24,6 +26,11 @@ _UPLOADS = {
     "swanlab": ("SWANLAB_LOG_MODEL", "false"),
 }
 _OFF = ("", "0", "false", "f", "n", "no", "none", "off")
+_KINDS: dict[frozenset[type], tuple[type, str]] = {
+    frozenset([int]): (Integral, "a whole number"),
+    frozenset([float]): (Real, "a number"),
+    frozenset([bool]): (bool, "true or false"),
+}
 _WORSE = {"log_private_loss": True, "noise": "philox"}  # what a claim together with an earlier run inherits from it
 
 
@@ -109,6 +116,7 @@ class DPTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        self._check_kinds()
         # One loader item is one Poisson batch, one DP event and one optimizer step.
         self.max_grad_norm = 0.0  # each example is clipped instead; clipping the noisy mean again would only add bias
         self.per_device_train_batch_size = self.micro_batch_size
@@ -142,15 +150,28 @@ class DPTrainingArguments(TrainingArguments):
             )
         if self.micro_batch_size < 1:
             raise ValueError(f"micro_batch_size={self.micro_batch_size} must be at least 1.")
-        if self.scale_weights is not None and not (
-            all(0 <= weight < math.inf for weight in self.scale_weights) and sum(self.scale_weights) > 0
+        if (weights := self.scale_weights) is not None and not (
+            isinstance(weights, list | tuple)
+            and all(isinstance(weight, Real) and 0 <= weight < math.inf for weight in weights)
+            and sum(weights) > 0
         ):
-            raise ValueError(f"scale_weights={self.scale_weights} must be finite, at least 0, and not all 0.")
+            raise ValueError(f"scale_weights={weights!r} must be finite, at least 0, and not all 0: a list of numbers.")
+        if isinstance(self.earlier_ledgers, str | os.PathLike):
+            raise ValueError(f"earlier_ledgers={str(self.earlier_ledgers)!r} must be a list of files.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay} must be in [0, 1); 0 switches averaging off.")
         if self.lora_rank < 0:
             raise ValueError(f"lora_rank={self.lora_rank} must be 0 (train all weights) or positive.")
         self.refuse_what_breaks_the_guarantee()
+
+    def _check_kinds(self) -> None:
+        """Refuses text where a number or a yes or no belongs, as quotes in a YAML file make of it."""
+        for name, hint in get_type_hints(type(self)).items():
+            kinds, value = frozenset(get_args(hint) or [hint]) - {NoneType}, getattr(self, name)
+            if kinds in _KINDS and value is not None:
+                kind, word = _KINDS[kinds]
+                if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+                    raise ValueError(f"{name}={value!r} must be {word}, without quotes.")
 
     def refuse_what_breaks_the_guarantee(self, callbacks: Iterable[Any] = ()) -> None:
         """Raises ValueError for an option of transformers that cannot be used; also after arguments were changed.
