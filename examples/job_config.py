@@ -91,7 +91,8 @@ def read_config(path: str) -> dict[str, Any]:
         if unknown := set(found) - fields:
             raise ValueError(f"{path}: {section} has unknown fields {_listed(unknown)}; it knows {sorted(fields)}.")
         given = set(config[section])
-        if missing := REQUIRED.get(section, set()) - given:
+        needed = REQUIRED.get(section, {"source", "split"} if section == "evaluation" and given else set())
+        if missing := needed - given:
             raise ValueError(f"{path}: {section} lacks {sorted(missing)}; examples/configs/demo.yaml explains them.")
     _check_kinds(path, config)
     texts = ("data.description", "model.prior_source", "model.super_resolution_source", "card.hyperparameter_tuning")

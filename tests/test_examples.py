@@ -129,6 +129,10 @@ def test_images_in_pipeline_and_card_out(job, tmp_path):
         ("data", "label_column", 3, "data.label_column=3 must be text; put it into quotes"),
         ("data", "class_names", [True, False], r"data.class_names=\[True, False\] must be a list of texts; quotes"),
         ("model", "num_classes", 2.5, "model.num_classes=2.5 must be a whole number of at least 0"),
+        ("evaluation", "images_per_class", 0, "evaluation.images_per_class=0 must be a whole number of at least 1"),
+        ("evaluation", "classifier_steps", -1, "evaluation.classifier_steps=-1 must be a whole number of at least 1"),
+        ("evaluation", "twin_epochs", 0, "evaluation.twin_epochs=0 must be a number above 0"),
+        ("evaluation", "source", None, r"evaluation lacks \['source'\]"),
         ("training", "max_steps", "240", "max_steps='240' must be a whole number, without quotes"),
         ("sampling", "top_p", "0.9", "top_p='0.9'"),
         ("model", "prior_source", None, r"model lacks \['prior_source'\]"),
@@ -352,7 +356,7 @@ def test_any_classes_start_from_the_bundled_photos(job, tmp_path):
 
 def test_test_images_that_cannot_be_used_end_the_run_before_it_spends(job, tmp_path, monkeypatch):
     job["evaluation"]["label_column"] = "colour"
-    monkeypatch.setattr(train, "DPTrainer", lambda *args: pytest.fail("training began"))
+    monkeypatch.setattr(train, "tokenise", lambda *args: pytest.fail("private images were read"))
     with pytest.raises(ValueError, match="no column 'colour'"):
         run_here(job, tmp_path, monkeypatch)
 

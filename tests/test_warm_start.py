@@ -114,6 +114,8 @@ def test_one_claim_needs_one_relation(with_critic, tmp_path, monkeypatch):
     [
         ({"scale_weights": [1.0]}, r"scale_weights=\[1.0\] for a model of"),
         ({"expected_batch_size": 61}, "expected_batch_size=61 is larger than the data"),
+        ({"optim": "sgd", "learning_rate": -1.0}, "Invalid learning rate: -1.0"),
+        ({"optim": "sgd", "optim_args": "momentum=much"}, "could not convert string to float: 'much'"),
     ],
 )
 def test_what_training_would_refuse_is_refused_before_the_critic_spends(
