@@ -373,6 +373,11 @@ def test_arguments_that_do_not_fit_the_data_are_refused_before_it_is_read(tmp_pa
         DPTrainer(tiny_model(), arguments(tmp_path, **changes), rows)
 
 
+def test_data_without_a_row_are_refused_in_words(tmp_path):
+    with pytest.raises(ValueError, match="num_examples=0 must be at least 1; check the source"):
+        DPTrainer(tiny_model(), arguments(tmp_path), Rows(0))
+
+
 def test_a_stream_is_refused(tmp_path):
     with pytest.raises(ValueError, match="cannot be sampled by index"):
         DPTrainer(tiny_model(), arguments(tmp_path), iter([]))

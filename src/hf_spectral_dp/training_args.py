@@ -280,11 +280,13 @@ class DPTrainingArguments(TrainingArguments):
             earlier: plans of the earlier runs; by default those of `earlier_runs()`.
 
         Raises:
-            ValueError: a batch larger than the data, delta not below 1/N, no number of steps, or earlier runs that do
-                not fit or leave nothing of the budget.
+            ValueError: no data, a batch larger than these, delta not below 1/N, no number of steps, or earlier runs
+                that do not fit or leave nothing of the budget.
             LedgerError: as `earlier_runs`.
         """
-        if self.expected_batch_size is not None and self.expected_batch_size > num_examples >= 1:
+        if num_examples < 1:
+            raise ValueError(f"num_examples={num_examples} must be at least 1; check the source of the private data.")
+        if self.expected_batch_size is not None and self.expected_batch_size > num_examples:
             raise ValueError(
                 f"expected_batch_size={self.expected_batch_size:g} is larger than the data, num_examples="
                 f"{num_examples}; choose at most {num_examples}."
