@@ -337,6 +337,8 @@ def test_adapters_that_the_user_put_in_are_reported(tmp_path):
         ({"use_cpu": "no"}, "use_cpu='no' must be true or false"),
         ({"lora_rank": -1}, "lora_rank=-1"),
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps=2"),
+        ({"per_device_train_batch_size": 8}, "per_device_train_batch_size=8 .* give expected_batch_size for the mean"),
+        ({"max_grad_norm": 1.0}, "max_grad_norm=1.0 .* clipping_norm is for each example"),
         ({"eval_strategy": "steps", "eval_steps": 1}, "do_eval=True"),
         ({"push_to_hub": True}, "push_to_hub=True"),
         ({"fp16": True}, "fp16=True"),

@@ -86,6 +86,12 @@ class DPTrainingArguments(TrainingArguments):
             " part of target_epsilon, and the claim is that of all runs together. They must have ended."
         },
     )
+    per_device_train_batch_size: int = field(
+        default=0, metadata={"help": "Not to be given: expected_batch_size and micro_batch_size are what it would be."}
+    )
+    max_grad_norm: float = field(
+        default=0.0, metadata={"help": "Not to be given: each example's gradient is clipped, to clipping_norm."}
+    )
     micro_batch_size: int = field(
         default=128, metadata={"help": "Examples per forward pass and process; for memory and speed only."}
     )
@@ -118,7 +124,12 @@ class DPTrainingArguments(TrainingArguments):
     def __post_init__(self):
         self._check_kinds()
         # One loader item is one Poisson batch, one DP event and one optimizer step.
-        self.max_grad_norm = 0.0  # each example is clipped instead; clipping the noisy mean again would only add bias
+        if self.per_device_train_batch_size not in (0, self.micro_batch_size):
+            raise ValueError(
+                f"per_device_train_batch_size={self.per_device_train_batch_size} cannot be used with DPTrainer: leave"
+                " it out (or 0); give expected_batch_size for the mean batch of a step, and micro_batch_size="
+                f"{self.micro_batch_size} for what fits into memory."
+            )
         self.per_device_train_batch_size = self.micro_batch_size
         self.ignore_data_skip = True  # a resumed run draws fresh Poisson batches, and pays for them
         super().__post_init__()
@@ -180,6 +191,7 @@ class DPTrainingArguments(TrainingArguments):
             callbacks: of the trainer. A tracker among them counts as one that `report_to` names.
         """
         refused = [
+            ("max_grad_norm", 0.0, "clipping the noisy mean would only add bias; clipping_norm is for each example"),
             ("gradient_accumulation_steps", 1, "one step is one Poisson batch; use a larger expected_batch_size"),
             ("fp16", False, "its loss scaling acts before clipping; use bf16=True or float32"),
             ("mixed_precision", ("no", "bf16"), "its loss scaling acts before clipping; use bf16 or float32"),
