@@ -16,10 +16,12 @@ _BUFFER = 1000  # rows of a stream, of which the next is drawn
 
 
 def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The arguments; refuses an `out` that cannot become a folder, before hours of training."""
+    """The arguments; refuses an `out` that cannot become a folder and no images at all, before hours of training."""
     arguments = parser.parse_args()
     if Path(arguments.out).exists() and not Path(arguments.out).is_dir():
         parser.error(f"--out {arguments.out} is a file; name a folder for the network.")
+    if arguments.images < 1:
+        parser.error(f"--images {arguments.images}: it takes at least one to learn from.")
     return arguments
 
 

@@ -206,13 +206,17 @@ TRAINS = ("pretrain", "pretrain_codec", "train_eye", "train_features", "train_su
 
 
 @pytest.mark.parametrize("script", TRAINS)
-def test_a_file_where_a_network_should_go_is_refused_before_training(tmp_path, monkeypatch, capsys, script):
+def test_no_images_and_no_place_for_a_network_are_refused_before_training(tmp_path, monkeypatch, capsys, script):
     (tmp_path / "file").write_text("taken")
     codec = [] if script in ("pretrain_codec", "train_features") else ["--codec", "c"]
     monkeypatch.setattr(sys, "argv", ["x", "--public", "p", *codec, "--out", str(tmp_path / "file")])
     with pytest.raises(SystemExit):
         runpy.run_path(str(EXAMPLES / f"{script}.py"), run_name="__main__")
     assert "file is a file; name a folder for the network" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["x", "--public", "p", *codec, "--images", "0", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(EXAMPLES / f"{script}.py"), run_name="__main__")
+    assert "--images 0: it takes at least one" in capsys.readouterr().err
 
 
 def test_the_ceiling_sees_every_row_through_the_codec(job, tmp_path, monkeypatch):
