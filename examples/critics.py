@@ -57,8 +57,11 @@ def check_training(
         store: the private token rows. args: of the training. output: the run's folder.
 
     Raises:
-        ValueError, LedgerError: as `DPTrainer`, or nothing of the budget is left beside critic and earlier runs.
+        ValueError, LedgerError: as `DPTrainer`, or nothing of the budget is left beside critic and earlier runs. What
+            the optimizer and its schedule raise where they cannot take what `args` give them.
     """
-    plan = DPTrainer(copy.deepcopy(model), args, store).plan
+    trainer = DPTrainer(copy.deepcopy(model), args, store)
+    plan = trainer.plan
+    trainer.create_optimizer_and_scheduler(plan.steps)
     asked = private_arguments(section, args, output).plan(plan.num_examples, ())
     args.plan(plan.num_examples, [*plan.earlier, asked])

@@ -4,6 +4,7 @@ examples/configs/demo.yaml explains the fields; those of critics are in faces.ya
 """
 
 import dataclasses
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,12 @@ CRITICS = {  # by kind: fields that it needs, and the config that explains them
     "mean": ({"target_epsilon"}, "faces.yaml"),
 }
 PUBLIC = ("public", "public_source", "public_split", "public_steps")
+WHOLE = {  # the least of each; what training and sampling take, they check themselves
+    "data.num_examples": 1, "data.max_rows_per_unit": 1, "model.num_classes": 0, "model.max_text_tokens": 1,
+    "critic.max_steps": 1, "critic.public_steps": 1, "evaluation.images_per_class": 1, "evaluation.classifier_steps": 1,
+}  # fmt: skip
+POSITIVE = ("critic.target_epsilon", "critic.learning_rate", "critic.share", "evaluation.twin_epochs")
+LISTS = ("data.class_names", "card.outside_guarantee", "card.prompts")
 
 
 class _Loader(yaml.SafeLoader):
@@ -83,8 +90,10 @@ def read_config(path: str) -> dict[str, Any]:
         if unknown := set(found) - fields:
             raise ValueError(f"{path}: {section} has unknown fields {_listed(unknown)}; it knows {sorted(fields)}.")
         given = set(config[section])
-        if missing := REQUIRED.get(section, set()) - given:
+        needed = REQUIRED.get(section, {"source", "split"} if section == "evaluation" and given else set())
+        if missing := needed - given:
             raise ValueError(f"{path}: {section} lacks {sorted(missing)}; examples/configs/demo.yaml explains them.")
+    _check_kinds(path, config)
     texts = ("data.description", "model.prior_source", "model.super_resolution_source", "card.hyperparameter_tuning")
     if empty := [name for name in texts if not str(config[name.split(".")[0]][name.split(".")[1]] or "").strip()]:
         raise ValueError(f"{path}: {', '.join(empty)} must say something: the card will hold it, and a card without it"
@@ -125,20 +134,39 @@ def read_config(path: str) -> dict[str, Any]:
             if textual:
                 raise ValueError(f"{path}: a critic of kind mean would draw all prompts towards one mean; leave it out"
                                  " for a model with text.")  # fmt: skip
-        if not 0 < (share := critic.get("share", 1)) <= 1 or critic.get("public_steps", 1) < 1:
-            raise ValueError(f"{path}: critic.share={share} must be in (0, 1], critic.public_steps at least 1.")
+        if (share := critic.get("share", 1)) > 1:
+            raise ValueError(f"{path}: critic.share={share} must be in (0, 1].")
         if (sampling := config["training"].get("sampling", "poisson")) != "poisson":
             raise ValueError(f"{path}: the critic's batches are those of sampling='poisson', and training.sampling="
                              f"{sampling!r} is accounted under another relation; use poisson for both.")  # fmt: skip
         if "public" in critic and not str(critic["public_source"] or "").strip():
             raise ValueError(f"{path}: critic.public_source must say where the public photos are from.")
-    if not isinstance(config["card"].get("outside_guarantee", []), list):
-        raise ValueError(f"{path}: card.outside_guarantee is a list, one entry for every look at the data.")
     try:
         check_words({name: said for name, said in publisher_words(config).items() if said != []})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return config
+
+
+def _check_kinds(path: str, config: dict[str, Any]) -> None:
+    """Refuses text where a number belongs, a number where text does, and numbers that nothing could be done with."""
+    given = {f"{section}.{name}": value for section in FIELDS for name, value in config[section].items()}
+    for name, value in ({"output": config.get("output", "")} | given).items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if name in WHOLE:
+            fits = number and isinstance(value, int) and value >= WHOLE[name]
+            rule = f"a whole number of at least {WHOLE[name]}, without quotes"
+        elif name in POSITIVE:
+            fits, rule = number and 0 < value < math.inf, "a number above 0, without quotes"
+        elif name in LISTS:
+            fits = isinstance(value, list) and all(isinstance(each, str) for each in value)
+            rule = "a list of texts; quotes make a text of a number, and of yes and no"
+        elif name.startswith(("training.", "sampling.")) or name == "data.views" or value is None:
+            continue
+        else:
+            fits, rule = isinstance(value, str), "text; put it into quotes"
+        if not fits:
+            raise ValueError(f"{path}: {name}={value!r} must be {rule}.")
 
 
 def _listed(names: set[Any]) -> list[str]:

@@ -15,20 +15,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from rebuild import parsed
+from rebuild import parsed, some_of
 
 from hf_spectral_dp import SpectralConfig, SpectralImageProcessor, SpectralTokenizerForCausalLM
 from hf_spectral_dp.image_decoding import readable
-from hf_spectral_dp.image_sources import load_images
 
 
 def public_images(source: str, split: str, column: str, count: int, seed: int) -> Iterator[Any]:
-    """At most `count` public images: drawn strokes ("glyphs"), or a folder or Hub data set."""
+    """At most `count` public images: drawn strokes ("glyphs"), or some of a folder or Hub data set."""
     if source == "glyphs":
         from public_glyphs import render_digits
 
         return iter(render_digits(count, seed)[0])
-    return (image for image, _ in itertools.islice(readable(load_images(source, split), column), count))
+    return (image for image, _ in readable(some_of(source, split, count, seed), column))
 
 
 def main() -> None:
@@ -36,7 +35,7 @@ def main() -> None:
     parser.add_argument("--public", required=True, help="'glyphs' (drawn digits), an image folder, or a Hub id")
     parser.add_argument("--split", default="train")
     parser.add_argument("--image_column", default="image")
-    parser.add_argument("--images", type=int, default=10_000, help="how many public images to fit on")
+    parser.add_argument("--images", type=int, default=10_000, help="fit on so many, taken at random by --seed")
     parser.add_argument("--size", type=int, default=32, help="side of the images; divisible by 2**levels")
     parser.add_argument("--pad", type=int, default=0, help="black border inside size, e.g. 2 for 28x28 digits")
     parser.add_argument("--channels", type=int, default=3, choices=(1, 3))
@@ -71,6 +70,8 @@ def main() -> None:
     # Few at once: photos as they were taken are a thousand times as large.
     parts = iter(lambda: list(itertools.islice(images, 50)), [])
     pixels = torch.cat([processor(some)["pixel_values"] for some in parts])
+    if arguments.public != "glyphs":  # in the order of their classes, maybe: those held out must be of all
+        pixels = pixels[torch.randperm(len(pixels), generator=torch.Generator().manual_seed(arguments.seed))]
     held_out = max(1, len(pixels) // 10)
     model = SpectralTokenizerForCausalLM(config)
     report = model.codec.fit(pixels[held_out:], seed=arguments.seed)

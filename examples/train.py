@@ -233,10 +233,10 @@ def main() -> None:
                          f" {PartialState().num_processes}; take the section out, and run examples/evaluate.py on what"
                          " was trained.")  # fmt: skip
 
-    # 2. Images to tokens, tokens to a private model. Test images that cannot be used end the run before it spends.
+    # 2. Images to tokens, tokens to a private model. Test images that cannot be used end the run before either.
     goes_on = begun(output / "training")  # asked before any process can begin it
-    store = tokenise(config, model, processor, text, views, output / "tokens")
     test = real_images(config["evaluation"], processor, model.config) if config["evaluation"] else None
+    store = tokenise(config, model, processor, text, views, output / "tokens")
     if test and store.report["unlabelled"]:
         raise ValueError("evaluation trains classifiers on the training images, too, and some have no label; give each"
                          " one, or take the section out.")  # fmt: skip

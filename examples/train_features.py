@@ -8,19 +8,17 @@ network that learned to overlook them could not measure them. Run `python -m ben
 """
 
 import argparse
-import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from rebuild import parsed, rebuild_command
+from rebuild import parsed, rebuild_command, some_of
 from torch import Tensor
 
 from hf_spectral_dp import SpectralImageProcessor
 from hf_spectral_dp.image_decoding import readable
-from hf_spectral_dp.image_sources import load_images
 from hf_spectral_dp.metrics.public_features import PublicFeatureConfig, PublicFeatureNetwork
 
 CARD = """---
@@ -61,7 +59,7 @@ def add_words(parser: argparse.ArgumentParser) -> None:
     """The options that say how many of the photos are read, and what the card says of them."""
     parser.add_argument("--license", default="apache-2.0")
     parser.add_argument("--terms", default="see their source", help="of use of the images, for the card")
-    parser.add_argument("--images", type=int, default=200_000, help="read at most so many")
+    parser.add_argument("--images", type=int, default=200_000, help="read at most so many, taken at random by --seed")
     parser.add_argument("--name", help="what the card calls the images; default: what --public says")
 
 
@@ -72,8 +70,8 @@ def public_images(arguments: argparse.Namespace, size: int) -> tuple[Tensor, Ten
     """
     source, label_column = arguments.public, arguments.label_column
     processor = SpectralImageProcessor(image_size=size, num_channels=3)
-    rows, pixels, labels = load_images(source, arguments.split), [], []
-    for picture, row in itertools.islice(readable(rows, arguments.image_column), arguments.images):
+    rows, pixels, labels = some_of(source, arguments.split, arguments.images, arguments.seed), [], []
+    for picture, row in readable(rows, arguments.image_column):
         if row.get(label_column) is None:
             raise SystemExit(
                 f"{source}: row {len(labels)} has no label in {label_column!r}; --label_column names one of"

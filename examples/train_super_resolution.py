@@ -18,18 +18,16 @@ Never give it the sensitive images, nor images of the same people: nothing here 
 """
 
 import argparse
-import itertools
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rebuild import parsed, rebuild_command
+from rebuild import parsed, rebuild_command, some_of
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
 from hf_spectral_dp.image_decoding import readable
-from hf_spectral_dp.image_sources import load_images
 from hf_spectral_dp.private_marks import refuse_uncounted
 from hf_spectral_dp.super_resolution import SpectralSuperResolution, SpectralSuperResolutionConfig, upscale, upscale_to
 from hf_spectral_dp.super_resolution_training import Coarse, Schedule, squares, train_super_resolution
@@ -58,7 +56,7 @@ nearest: {nearest:.2f}.
 
 
 def public_images(arguments: argparse.Namespace) -> np.ndarray:
-    """uint8 images (n, size, size, channels), n <= --images."""
+    """uint8 images (n, size, size, channels) in a random order, n <= --images."""
     rng = np.random.default_rng(arguments.seed)
     size, channels = arguments.size, arguments.channels
     if arguments.public == "glyphs":
@@ -69,10 +67,10 @@ def public_images(arguments: argparse.Namespace) -> np.ndarray:
         margin = (before, size - digits.shape[1] - before)
         padded = np.pad(digits, ((0, 0), margin, margin))[..., None]
         return np.repeat(padded, channels, axis=-1)
-    rows = load_images(arguments.public, arguments.split)
+    rows = some_of(arguments.public, arguments.split, arguments.images, arguments.seed)
     photos = (photo for photo, _ in readable(rows, arguments.image_column))
-    read = itertools.islice(squares(photos, size, channels, rng), arguments.images)
-    return np.stack(list(tqdm(read, "reading", total=arguments.images)))
+    images = np.stack(list(tqdm(squares(photos, size, channels, rng), "reading", total=arguments.images)))
+    return images[rng.permutation(len(images))]
 
 
 def main() -> None:
@@ -89,7 +87,7 @@ def main() -> None:
     parser.add_argument("--scale", type=int, default=2, choices=(2, 4))
     parser.add_argument("--channels", type=int, default=3, choices=(1, 3))
     parser.add_argument("--size", type=int, default=64, help="side of the training images in pixels")
-    parser.add_argument("--images", type=int, default=10_000)
+    parser.add_argument("--images", type=int, default=10_000, help="at most so many, taken at random by --seed")
     parser.add_argument("--steps", type=int, default=2_000)
     parser.add_argument("--minutes", type=float, help="train so long instead, with rates that follow the clock")
     parser.add_argument("--save_steps", type=int, help="save what there is after every so many steps, as OUT-1000, ...")

@@ -172,3 +172,5 @@ def test_audit_teaches_and_refuses_early(tmp_path, capsys):
     assert "LOWER bound" in shown and "proves nothing" in shown and "--quick" in shown
     assert main(["audit", "--out", str(tmp_path / "missing" / "audit.json")]) == 1
     assert "its folder does not exist" in capsys.readouterr().err
+    assert main(["audit", "--device", "foo"]) == 1
+    assert "device='foo' cannot be used here" in capsys.readouterr().err

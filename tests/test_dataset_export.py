@@ -197,6 +197,7 @@ def test_markup_in_the_unit_stays_text(source, tmp_path):
         ({"shard_size": 0}, "shard_size=0"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"upscaling": "magic"}, "upscaling='magic'"),
+        ({"device": "foo"}, "device='foo' cannot be used here"),
         ({"class_labels": [10]}, r"class_labels=\[10\] must be labels in \[0, 10\)"),
         ({"class_labels": []}, r"class_labels=\[\]"),
         ({"prompts": ["a"]}, "prompts are for a model with text alone, but this one has conditioning='class'"),

@@ -69,12 +69,22 @@ def test_images_in_pipeline_and_card_out(job, tmp_path):
         ("sampling", "guidance_scale", float("inf"), "guidance_scale=inf must be finite"),
         ("card", "tuning_data", "validation", "hyperparameter_tuning.data='validation': .*none, public"),
         ("card", "license", "", "license=''"),
-        ("card", "outside_guarantee", "a look", "card.outside_guarantee is a list"),
-        ("data", "description", 7, "data.description=7: .*What one row shows"),
+        ("card", "outside_guarantee", "a look", "card.outside_guarantee='a look' must be a list of texts"),
+        ("data", "description", 7, "data.description=7 must be text"),
         ("data", "description", " ", "data.description must say something"),
         ("data", "views", {"count": 3}, "count=3 with no change given"),
         ("data", "views", {"count": 3, "rotate": 5}, "data.views=.* takes count, and beside it some of rot"),
         ("data", "views", 4, "data.views=4 takes count"),
+        ("data", "num_examples", "60", "data.num_examples='60' must be a whole number of at least 1, without quotes"),
+        ("data", "label_column", 3, "data.label_column=3 must be text; put it into quotes"),
+        ("data", "class_names", [True, False], r"data.class_names=\[True, False\] must be a list of texts; quotes"),
+        ("model", "num_classes", 2.5, "model.num_classes=2.5 must be a whole number of at least 0"),
+        ("evaluation", "images_per_class", 0, "evaluation.images_per_class=0 must be a whole number of at least 1"),
+        ("evaluation", "classifier_steps", -1, "evaluation.classifier_steps=-1 must be a whole number of at least 1"),
+        ("evaluation", "twin_epochs", 0, "evaluation.twin_epochs=0 must be a number above 0"),
+        ("evaluation", "source", None, r"evaluation lacks \['source'\]"),
+        ("training", "max_steps", "240", "max_steps='240' must be a whole number, without quotes"),
+        ("sampling", "top_p", "0.9", "top_p='0.9'"),
         ("model", "prior_source", None, r"model lacks \['prior_source'\]"),
     ],
 )
@@ -146,13 +156,17 @@ TRAINS = ("pretrain", "pretrain_codec", "train_eye", "train_features", "train_su
 
 
 @pytest.mark.parametrize("script", TRAINS)
-def test_a_file_where_a_network_should_go_is_refused_before_training(tmp_path, monkeypatch, capsys, script):
+def test_no_images_and_no_place_for_a_network_are_refused_before_training(tmp_path, monkeypatch, capsys, script):
     (tmp_path / "file").write_text("taken")
     codec = [] if script in ("pretrain_codec", "train_features") else ["--codec", "c"]
     monkeypatch.setattr(sys, "argv", ["x", "--public", "p", *codec, "--out", str(tmp_path / "file")])
     with pytest.raises(SystemExit):
         runpy.run_path(str(EXAMPLES / f"{script}.py"), run_name="__main__")
     assert "file is a file; name a folder for the network" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["x", "--public", "p", *codec, "--images", "0", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(EXAMPLES / f"{script}.py"), run_name="__main__")
+    assert "--images 0: it takes at least one" in capsys.readouterr().err
 
 
 def test_the_ceiling_sees_every_row_through_the_codec(job, tmp_path, monkeypatch):
@@ -296,7 +310,7 @@ def test_any_classes_start_from_the_bundled_photos(job, tmp_path):
 
 def test_test_images_that_cannot_be_used_end_the_run_before_it_spends(job, tmp_path, monkeypatch):
     job["evaluation"]["label_column"] = "colour"
-    monkeypatch.setattr(train, "DPTrainer", lambda *args: pytest.fail("training began"))
+    monkeypatch.setattr(train, "tokenise", lambda *args: pytest.fail("private images were read"))
     with pytest.raises(ValueError, match="no column 'colour'"):
         run_here(job, tmp_path, monkeypatch)
 

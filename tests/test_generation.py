@@ -67,6 +67,8 @@ def test_a_grid_by_hand():
         (["--temperature", "0"], "temperature=0.0 must be > 0"),
         (["--prompt", "a cat"], "prompt"),
         (["--negative_prompt", "a cat"], "negative_prompt"),
+        (["--device", "foo"], "device='foo' cannot be used here (Expected one of cpu, cuda"),
+        (["--device", "cuda:99"], "device='cuda:99' cannot be used here"),
         (["--revision", "main"], "--revision main is for a Hub id"),
     ],
 )

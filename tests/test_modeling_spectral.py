@@ -429,6 +429,8 @@ def test_accumulated_batches_of_the_plain_trainer_equal_one_batch(tmp_path):
         ({"num_samples": 1, "temperature": [1.0, 0.5, 0.0]}, r"temperature=\[1.0, 0.5, 0.0\] must be > 0"),
         ({"num_samples": 1, "top_p": 0.0}, r"top_p=0.0 in \(0, 1\]"),
         ({"num_samples": 1, "top_p": 1.1}, "top_p=1.1"),
+        ({"num_samples": 1, "top_p": "0.9"}, "top_p='0.9'"),
+        ({"num_samples": 1, "temperature": "0.9"}, "temperature='0.9' must be > 0"),
         ({"num_samples": 1, "top_p": float("nan")}, "top_p=nan"),
         ({"num_samples": 1, "top_k": -1}, "top_k=-1 a whole number >= 0"),
         ({"num_samples": 1, "guidance_scale": 2.0}, "guidance_scale=2.0 .*needs class_labels or text_states; use 1.0"),

@@ -138,6 +138,11 @@ def test_not_one_decodable_image_is_an_error_and_leaves_nothing(grey_model, proc
     assert list(tmp_path.iterdir()) == []
 
 
+def test_data_without_a_row_are_said_to_have_none(grey_model, processor, tmp_path):
+    with pytest.raises(ValueError, match=r"0 were tried\. Check image_column and the source"):
+        build([], grey_model, processor, tmp_path / "store")
+
+
 def test_class_names_that_no_image_has_are_refused_and_leave_nothing(rows, grey_model, processor, tmp_path):
     """A typing error would spend a whole budget on a model that learns no class."""
     named = [row | {"label": ["benign", "malignant"][row["label"] % 2]} for row in rows]

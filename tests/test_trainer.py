@@ -299,8 +299,17 @@ def test_adapters_that_the_user_put_in_are_reported(tmp_path):
         ({"ema_decay": 1.0}, "ema_decay=1.0"),
         ({"scale_weights": [1.0, -0.5, 0.0]}, r"scale_weights=\[1.0, -0.5, 0.0\] must be finite, at least 0"),
         ({"scale_weights": []}, r"scale_weights=\[\] must be"),
+        ({"scale_weights": 0.5}, "scale_weights=0.5 must be .*: a list of numbers"),
+        ({"earlier_ledgers": "ledger.jsonl"}, "earlier_ledgers='ledger.jsonl' must be a list of files"),
+        ({"max_steps": "240"}, "max_steps='240' must be a whole number, without quotes"),
+        ({"max_steps": 3.5}, "max_steps=3.5 must be a whole number"),
+        ({"target_epsilon": "8"}, "target_epsilon='8' must be a number, without quotes"),
+        ({"clipping_norm": True}, "clipping_norm=True must be a number"),
+        ({"use_cpu": "no"}, "use_cpu='no' must be true or false"),
         ({"lora_rank": -1}, "lora_rank=-1"),
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps=2"),
+        ({"per_device_train_batch_size": 8}, "per_device_train_batch_size=8 .* give expected_batch_size for the mean"),
+        ({"max_grad_norm": 1.0}, "max_grad_norm=1.0 .* clipping_norm is for each example"),
         ({"eval_strategy": "steps", "eval_steps": 1}, "do_eval=True"),
         ({"push_to_hub": True}, "push_to_hub=True"),
         ({"fp16": True}, "fp16=True"),
@@ -335,6 +344,11 @@ def test_arguments_that_do_not_fit_the_data_are_refused_before_it_is_read(tmp_pa
     rows.__class__ = type("Unread", (Rows,), {"__len__": lambda self: 60})
     with pytest.raises(ValueError, match=message):
         DPTrainer(tiny_model(), arguments(tmp_path, **changes), rows)
+
+
+def test_data_without_a_row_are_refused_in_words(tmp_path):
+    with pytest.raises(ValueError, match="num_examples=0 must be at least 1; check the source"):
+        DPTrainer(tiny_model(), arguments(tmp_path), Rows(0))
 
 
 def test_a_stream_is_refused(tmp_path):

@@ -60,11 +60,14 @@ def test_a_slope_becomes_the_slope_that_the_map_says(number):
 @pytest.mark.parametrize(
     "fields, named",
     [
-        ({"count": 0}, r"count=0 must be in \[1, 256\]"),
-        ({"count": 4, "rotation": 200.0}, r"rotation=200.0 must be in \[0, 180\]"),
-        ({"count": 4, "shift": -0.1}, r"shift=-0.1 must be in \[0, 0.5\]"),
+        ({"count": 0}, r"count=0 must be a whole number in \[1, 256\]"),
+        ({"count": 4, "rotation": 200.0}, r"rotation=200.0 must be a number in \[0, 180\]"),
+        ({"count": 4, "shift": -0.1}, r"shift=-0.1 must be a number in \[0, 0.5\]"),
         ({"count": 4}, "count=4 with no change given"),
         ({"count": 1, "rotation": 5.0}, "changes for a single view"),
+        ({"count": "4"}, "count='4' must be a whole number"),
+        ({"count": 4, "shear": "0.1"}, "shear='0.1' must be a number"),
+        ({"count": 2, "mirror": "no"}, "mirror='no' must be true or false"),
         ({"count": 3, "mirror": True}, "mirror alone makes two views"),
     ],
 )

@@ -74,7 +74,8 @@ def test_a_run_goes_on_with_the_critic_that_it_paid_for(with_critic, tmp_path):
         ({"public_source": None}, "critic lacks"),
         ({"photos": "x"}, "critic has unknown fields"),
         ({"share": 1.5}, r"critic.share=1.5 must be in \(0, 1\]"),
-        ({"public_steps": 0}, "critic.public_steps at least 1"),
+        ({"public_steps": 0}, "critic.public_steps=0 must be a whole number of at least 1"),
+        ({"target_epsilon": "1"}, "critic.target_epsilon='1' must be a number above 0, without quotes"),
     ],
 )
 def test_what_cannot_work_is_refused_before_any_image_is_read(with_critic, tmp_path, monkeypatch, change, message):
@@ -104,6 +105,8 @@ def test_one_claim_needs_one_relation(with_critic, tmp_path, monkeypatch):
     [
         ({"scale_weights": [1.0]}, r"scale_weights=\[1.0\] for a model of"),
         ({"expected_batch_size": 61}, "expected_batch_size=61 is larger than the data"),
+        ({"optim": "sgd", "learning_rate": -1.0}, "Invalid learning rate: -1.0"),
+        ({"optim": "sgd", "optim_args": "momentum=much"}, "could not convert string to float: 'much'"),
     ],
 )
 def test_what_training_would_refuse_is_refused_before_the_critic_spends(

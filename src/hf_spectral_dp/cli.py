@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from .card import PrivacyCard
-from .generation import GENERATE, add_arguments, generate_files
+from .generation import GENERATE, add_arguments, check_device, generate_files
 from .privacy_report import installed_version
 from .publication import fetch, strangers
 from .registry import registry_record, registry_yaml
@@ -175,6 +175,7 @@ def _audit(arguments: argparse.Namespace) -> int:
     """Prints one line per audit, with its control below. 1 if a claim is refuted or an attack is blind."""
     if arguments.out is not None and not arguments.out.absolute().parent.is_dir():
         raise ValueError(f"--out {arguments.out}: its folder does not exist; create it first.")
+    check_device(arguments.device)
     rows: list[AuditRow] = []
     epsilons = (2.0,) if arguments.quick else (1.0, 2.0, 4.0)
     for row in audit_installation(epsilons, arguments.quick, arguments.device):

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from .card import PrivacyCard
 from .configuration_spectral import SpectralConfig
+from .generation import check_device
 from .pipeline_spectral import SAMPLING_VALUES, UPSCALING_MODES, DPSpectralPipeline
 from .released_files import README_NAME, REPORT_NAME
 from .whole_files import replace_files
@@ -76,6 +77,8 @@ def export_dataset(
         ValueError: a setting out of range, a card that is contradicted, or a folder that another export was begun in.
             Nothing was drawn.
     """
+    if device is not None:
+        check_device(device)
     # Without being told, accelerate joins no processes on CPUs: each would take itself for the only one.
     on_cpu = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type == "cpu"
     state, folder = PartialState(cpu=on_cpu), Path(folder)

@@ -48,7 +48,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how the coarse private image becomes large: by the pipeline's public model (default), by plain resampling"
         " without new detail, or not at all",
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="such as cpu or cuda:1; default a GPU"
+    )
+
+
+def check_device(name: str) -> None:
+    """Raises ValueError for a device that torch does not know or this machine does not have."""
+    try:
+        torch.empty(1, device=name)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(
+            f"device={name!r} cannot be used here ({str(error).splitlines()[0]}); take cpu, or a GPU that is there,"
+            " such as cuda:0."
+        ) from error
 
 
 def generate_files(arguments: argparse.Namespace) -> list[Path]:
@@ -62,6 +75,7 @@ def generate_files(arguments: argparse.Namespace) -> list[Path]:
         raise ValueError(f"--out {arguments.out} holds other files; name a new folder.")
     if arguments.revision is not None and Path(arguments.pipeline).is_dir():
         raise ValueError(f"--revision {arguments.revision} is for a Hub id, but {arguments.pipeline} is a folder.")
+    check_device(arguments.device)
     pipe = DPSpectralPipeline.from_pretrained(arguments.pipeline, revision=arguments.revision).to(arguments.device)
     labels = arguments.class_labels
     if labels is None and arguments.prompt is None:
@@ -114,4 +128,4 @@ def image_grid(images: Sequence[Image.Image], columns: int, captions: Sequence[s
     return sheet
 
 
-__all__ = ["GENERATE", "add_arguments", "generate_files", "image_grid"]
+__all__ = ["GENERATE", "add_arguments", "check_device", "generate_files", "image_grid"]

@@ -114,8 +114,13 @@ def readable(rows: Iterable[Mapping[str, Any]], image_column: str) -> Iterator[t
     Args:
         rows: a data set of `datasets`, as `load_images` gives it, or rows with images that `decode_image` takes.
         image_column: where they lie.
+
+    Raises:
+        ValueError: a row has no such column.
     """
     for row in undecoded(rows):
+        if image_column not in row:
+            raise ValueError(f"image_column={image_column!r} is not a column of the data; choose one of {sorted(row)}.")
         try:
             image = decode_image(row[image_column])
         except UndecodableImageError:

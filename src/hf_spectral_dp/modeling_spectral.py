@@ -384,14 +384,15 @@ class SpectralTokenizerForCausalLM(HubModel, PreTrainedModel, GenerationMixin):
         """
         scales = len(self.config.layout.scales)
         given: Any = [temperature] * scales if isinstance(temperature, Real) else temperature
-        found = [float(each) for each in given]
+        found = [] if isinstance(given, str) else [float(each) for each in given]
         if len(found) != scales or not all(each > 0 for each in found):
             raise ValueError(
-                f"temperature={temperature} must be > 0: one number, or {scales} of them, one per scale, coarse to"
+                f"temperature={temperature!r} must be > 0: one number, or {scales} of them, one per scale, coarse to"
                 " fine."
             )
-        if not 0 < top_p <= 1 or not isinstance(top_k, Integral) or top_k < 0:
-            raise ValueError(f"sampling needs top_p={top_p} in (0, 1], top_k={top_k} a whole number >= 0.")
+        mass = isinstance(top_p, Real) and 0 < top_p <= 1
+        if not mass or not isinstance(top_k, Integral) or top_k < 0:
+            raise ValueError(f"sampling needs top_p={top_p!r} in (0, 1], top_k={top_k!r} a whole number >= 0.")
         finite = isinstance(guidance_scale, Real) and math.isfinite(guidance_scale)
         if not finite or not isinstance(attempts, Integral) or attempts < 1:
             raise ValueError(

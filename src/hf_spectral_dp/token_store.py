@@ -385,9 +385,10 @@ def _write(
     finally:
         examples.close()  # type: ignore[attr-defined]  # a generator: lets go of the source now, not at exit
     if report["images"] == 0:
+        failed = f"; the first failed with {first_reason!r}" if first_reason else ""
         raise ValueError(
-            f"not one image could be decoded, {report['undecodable']} were tried; the first failed with"
-            f" {first_reason!r}. Check image_column and the source."
+            f"not one image could be decoded, {report['undecodable']} were tried{failed}. Check image_column and the"
+            " source."
         )
     if units is not None:
         digest.update(np.asarray(units.units, dtype="<i8").tobytes())

@@ -5,7 +5,9 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from numbers import Integral, Real
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
@@ -24,6 +26,11 @@ _UPLOADS = {
     "swanlab": ("SWANLAB_LOG_MODEL", "false"),
 }
 _OFF = ("", "0", "false", "f", "n", "no", "none", "off")
+_KINDS: dict[frozenset[type], tuple[type, str]] = {
+    frozenset([int]): (Integral, "a whole number"),
+    frozenset([float]): (Real, "a number"),
+    frozenset([bool]): (bool, "true or false"),
+}
 _WORSE = {"log_private_loss": True, "noise": "philox"}  # what a claim together with an earlier run inherits from it
 
 
@@ -79,6 +86,12 @@ class DPTrainingArguments(TrainingArguments):
             " part of target_epsilon, and the claim is that of all runs together. They must have ended."
         },
     )
+    per_device_train_batch_size: int = field(
+        default=0, metadata={"help": "Not to be given: expected_batch_size and micro_batch_size are what it would be."}
+    )
+    max_grad_norm: float = field(
+        default=0.0, metadata={"help": "Not to be given: each example's gradient is clipped, to clipping_norm."}
+    )
     micro_batch_size: int = field(
         default=128, metadata={"help": "Examples per forward pass and process; for memory and speed only."}
     )
@@ -109,8 +122,14 @@ class DPTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        self._check_kinds()
         # One loader item is one Poisson batch, one DP event and one optimizer step.
-        self.max_grad_norm = 0.0  # each example is clipped instead; clipping the noisy mean again would only add bias
+        if self.per_device_train_batch_size not in (0, self.micro_batch_size):
+            raise ValueError(
+                f"per_device_train_batch_size={self.per_device_train_batch_size} cannot be used with DPTrainer: leave"
+                " it out (or 0); give expected_batch_size for the mean batch of a step, and micro_batch_size="
+                f"{self.micro_batch_size} for what fits into memory."
+            )
         self.per_device_train_batch_size = self.micro_batch_size
         self.ignore_data_skip = True  # a resumed run draws fresh Poisson batches, and pays for them
         super().__post_init__()
@@ -142,15 +161,28 @@ class DPTrainingArguments(TrainingArguments):
             )
         if self.micro_batch_size < 1:
             raise ValueError(f"micro_batch_size={self.micro_batch_size} must be at least 1.")
-        if self.scale_weights is not None and not (
-            all(0 <= weight < math.inf for weight in self.scale_weights) and sum(self.scale_weights) > 0
+        if (weights := self.scale_weights) is not None and not (
+            isinstance(weights, list | tuple)
+            and all(isinstance(weight, Real) and 0 <= weight < math.inf for weight in weights)
+            and sum(weights) > 0
         ):
-            raise ValueError(f"scale_weights={self.scale_weights} must be finite, at least 0, and not all 0.")
+            raise ValueError(f"scale_weights={weights!r} must be finite, at least 0, and not all 0: a list of numbers.")
+        if isinstance(self.earlier_ledgers, str | os.PathLike):
+            raise ValueError(f"earlier_ledgers={str(self.earlier_ledgers)!r} must be a list of files.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay} must be in [0, 1); 0 switches averaging off.")
         if self.lora_rank < 0:
             raise ValueError(f"lora_rank={self.lora_rank} must be 0 (train all weights) or positive.")
         self.refuse_what_breaks_the_guarantee()
+
+    def _check_kinds(self) -> None:
+        """Refuses text where a number or a yes or no belongs, as quotes in a YAML file make of it."""
+        for name, hint in get_type_hints(type(self)).items():
+            kinds, value = frozenset(get_args(hint) or [hint]) - {NoneType}, getattr(self, name)
+            if kinds in _KINDS and value is not None:
+                kind, word = _KINDS[kinds]
+                if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+                    raise ValueError(f"{name}={value!r} must be {word}, without quotes.")
 
     def refuse_what_breaks_the_guarantee(self, callbacks: Iterable[Any] = ()) -> None:
         """Raises ValueError for an option of transformers that cannot be used; also after arguments were changed.
@@ -159,6 +191,7 @@ class DPTrainingArguments(TrainingArguments):
             callbacks: of the trainer. A tracker among them counts as one that `report_to` names.
         """
         refused = [
+            ("max_grad_norm", 0.0, "clipping the noisy mean would only add bias; clipping_norm is for each example"),
             ("gradient_accumulation_steps", 1, "one step is one Poisson batch; use a larger expected_batch_size"),
             ("fp16", False, "its loss scaling acts before clipping; use bf16=True or float32"),
             ("mixed_precision", ("no", "bf16"), "its loss scaling acts before clipping; use bf16 or float32"),
@@ -259,11 +292,13 @@ class DPTrainingArguments(TrainingArguments):
             earlier: plans of the earlier runs; by default those of `earlier_runs()`.
 
         Raises:
-            ValueError: a batch larger than the data, delta not below 1/N, no number of steps, or earlier runs that do
-                not fit or leave nothing of the budget.
+            ValueError: no data, a batch larger than these, delta not below 1/N, no number of steps, or earlier runs
+                that do not fit or leave nothing of the budget.
             LedgerError: as `earlier_runs`.
         """
-        if self.expected_batch_size is not None and self.expected_batch_size > num_examples >= 1:
+        if num_examples < 1:
+            raise ValueError(f"num_examples={num_examples} must be at least 1; check the source of the private data.")
+        if self.expected_batch_size is not None and self.expected_batch_size > num_examples:
             raise ValueError(
                 f"expected_batch_size={self.expected_batch_size:g} is larger than the data, num_examples="
                 f"{num_examples}; choose at most {num_examples}."

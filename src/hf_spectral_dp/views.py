@@ -6,6 +6,7 @@ image and were fixed beforehand, so the views of an image are a function of that
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 import torch.nn.functional as F
@@ -43,11 +44,13 @@ class Views:
     mirror: bool = False
 
     def __post_init__(self) -> None:
-        if not 1 <= self.count <= _MOST:
-            raise ValueError(f"count={self.count} must be in [1, {_MOST}]: views kept of every image.")
+        if not isinstance(self.count, Integral) or not 1 <= self.count <= _MOST:
+            raise ValueError(f"count={self.count!r} must be a whole number in [1, {_MOST}]: views kept of every image.")
         for name, limit in _LIMITS.items():
-            if not 0 <= getattr(self, name) <= limit:
-                raise ValueError(f"{name}={getattr(self, name)} must be in [0, {limit:g}].")
+            if not isinstance(value := getattr(self, name), Real) or not 0 <= value <= limit:
+                raise ValueError(f"{name}={value!r} must be a number in [0, {limit:g}].")
+        if not isinstance(self.mirror, bool):
+            raise ValueError(f"mirror={self.mirror!r} must be true or false.")
         if (self.count > 1) != (self.mirror or self._bends):
             raise ValueError(
                 f"count={self.count} with no change given, or changes for a single view: view 0 is the image itself, so"
