@@ -130,9 +130,10 @@ def _trained(name: str, images: Tensor, labels: Tensor, steps: int, seed: int) -
 
 
 def _batches(count: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Indices (BATCH,) of random images without end: all of them once before any comes again."""
+    """Indices (BATCH,) of random images without end, each once before any comes again; of all where they are few."""
+    size = min(BATCH, count)
     while True:
-        yield from torch.randperm(count, generator=generator)[: count // BATCH * BATCH].split(BATCH)
+        yield from torch.randperm(count, generator=generator)[: count // size * size].split(size)
 
 
 def _views(images: Tensor, generator: torch.Generator) -> Tensor:

@@ -32,23 +32,25 @@ def figures(
     compared: int,
     device: str = "cpu",
     judges: Sequence[tuple[FeatureExtractor, Tensor]] = (),
+    large_steps: int = 0,
 ) -> Iterator[dict[str, Any]]:
     """Rows {"metric", "value", "low", "high", "n"} for images with labels, against real test images.
 
     Accuracy is that of classifiers trained on the images and tested on the real ones: per architecture, and their mean
     with the spread over architectures and seeds. Intervals are of 95 % for other test images. Distances compare equal
     numbers of images, at most `compared`. Classifiers see averages over blocks of side `block`, and are trained on
-    `device`; `classifier_steps` 0 leaves them out. `judges`: whose kernel distances are wanted as well, each with what
-    it has `seen` of the test images.
+    `device`; `classifier_steps` 0 leaves them out; where images have colours, `large_steps` above 0 takes those of
+    `quality_classifiers` for so many. `judges`: whose kernel distances are wanted as well, each with what it has `seen`
+    of the test images.
     """
     if classifier_steps:
         smaller = [F.avg_pool2d(_bare(some, kind), block).to(device) for some in (images[0], test[0])]
         labels = [some.to(device) for some in (images[1], test[1])]
-        utility = large_utility if set(architectures) <= set(LARGE) else classifier_utility
-        results = utility(
-            smaller[0], labels[0], smaller[1], labels[1], architectures=architectures, seeds=seeds,
-            steps=classifier_steps,
-        )  # fmt: skip
+        given = (smaller[0], labels[0], smaller[1], labels[1])
+        if large_steps and kind.channels == 3:
+            results = large_utility(*given, architectures=tuple(LARGE), seeds=seeds, steps=large_steps)
+        else:
+            results = classifier_utility(*given, architectures=architectures, seeds=seeds, steps=classifier_steps)
         yield from _accuracies(results, len(test[0]))
     drawn, real = images[0], test[0]
     count = min(len(drawn), len(real), compared)

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.quality_classifiers import LARGE
 from benchmarks.quality_data import ImageSet
 from hf_spectral_dp.metrics.utility import DIFFERENT, PUBLISHED
 
@@ -19,7 +18,7 @@ class Size:
         public_steps: of `public_batch` public images each, for every model that is not bundled.
         steps, batch: of DP training. twin_steps: of `public_batch` private images each, at epsilon inf.
         classifier_steps, seeds: of each of the three `architectures`, on images averaged over blocks of side `block`;
-            no steps, no classifiers.
+            no steps, no classifiers. large_steps: of those of `quality_classifiers` instead, where images have colours.
         compared: images for distances.
         widths, denoising_steps: of the diffusion model. diffusion_share: of the public steps that it takes.
         micro_batch: private rows in one pass, for speed only.
@@ -51,11 +50,12 @@ class Size:
     photos: int = 0
     taught: int = 0
     detail_steps: int = 0
+    large_steps: int = 0
 
     @property
     def for_figures(self) -> dict[str, Any]:
         """How `figures` is to measure."""
-        names = ("classifier_steps", "architectures", "seeds", "block", "compared")
+        names = ("classifier_steps", "architectures", "seeds", "block", "compared", "large_steps")
         return {name: getattr(self, name) for name in names}
 
 
@@ -71,12 +71,12 @@ SIZES = {
     ),  # fmt: skip
     # Four times the steps of "photos", and classifiers that learn from photos what is in them.
     "objects": Size(
-        50000, 10000, 44000, 2000, 4000, 240, 2048, 2000, 3000, 1, 1, 2000, (16, 32), 20, 0.6, tuple(LARGE),
-        photos=44000, taught=1500,
+        50000, 10000, 44000, 2000, 4000, 240, 2048, 2000, 2000, 1, 1, 2000, (16, 32), 20, 0.6, PUBLISHED,
+        photos=44000, taught=1500, large_steps=3000,
     ),  # fmt: skip
     "objects-gpu": Size(
-        50000, 10000, 44000, 2000, 6000, 240, 2048, 4000, 3000, 1, 1, 2000, (64, 128), 50, 2.0, tuple(LARGE),
-        public_batch=256, micro_batch=2048, wide=True, photos=44000, taught=1500,
+        50000, 10000, 44000, 2000, 6000, 240, 2048, 4000, 2000, 1, 1, 2000, (64, 128), 50, 2.0, PUBLISHED,
+        public_batch=256, micro_batch=2048, wide=True, photos=44000, taught=1500, large_steps=3000,
     ),  # fmt: skip
     # As many generated images as the published comparisons take (DPImageBench: 60,000), and the same kinds of networks.
     "medium": Size(

@@ -122,7 +122,7 @@ def test_a_private_choice_reads_all_of_its_images_and_is_none_of_persons(job, tm
     more = ["--training", data, "--validation_split", "test", "--selection_epsilon", "1", "--limit", "30"]
     with pytest.raises(ZeroDivisionError):
         run([*job, "--split", "train", *more], monkeypatch)
-    assert read == {f"{data}, train": 30, f"{data}, test": None}
+    assert read == {"data, train": 30, "data, test": None}
     persons = report()
     persons["unit"]["level"] = "person"
     PrivacyCard(persons).save(tmp_path / "pipeline")

@@ -1,10 +1,14 @@
 """The larger classifiers of the quality benchmark: what they learn, what they see, and that nothing is chosen."""
 
+import itertools
+
 import pytest
 import torch
 
 from benchmarks import quality_classifiers
 from benchmarks.quality_classifiers import BATCH, LARGE, SHIFT, _batches, _views, large_utility
+from benchmarks.quality_data import IMAGE_SETS
+from benchmarks.quality_figures import figures
 
 
 def striped(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,6 +48,7 @@ def test_every_image_comes_once_before_any_comes_again():
     seen = torch.cat([next(batches) for _ in range(3)])
     assert len(seen.unique()) == 3 * BATCH
     assert len(next(batches)) == BATCH
+    assert sorted(next(_batches(5, torch.Generator().manual_seed(0))).tolist()) == [0, 1, 2, 3, 4]
 
 
 def test_views_are_cuts_of_the_image_or_its_mirror_image_with_a_mirrored_border():
@@ -64,3 +69,14 @@ def test_views_are_cuts_of_the_image_or_its_mirror_image_with_a_mirrored_border(
         looks.add(found[0])
     assert {flipped for flipped, _, _ in looks} == {False, True}
     assert len({y for _, y, _ in looks}) > SHIFT and len({x for _, _, x in looks}) > SHIFT
+
+
+def test_the_benchmark_takes_them_for_colour_photos_only():
+    """Digits are not mirrored, and have classifiers of their own."""
+    labels = torch.arange(40) % 2
+    for name, channels, expected in (("cifar10", 3, [*LARGE]), ("mnist", 1, ["residual", "mixer"])):
+        images = torch.rand(40, channels, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        given = {"classifier_steps": 4, "architectures": ("residual", "mixer"), "seeds": 1, "block": 1, "large_steps": 1}
+        rows = figures((images, labels), (images, labels), IMAGE_SETS[name], compared=40, **given)
+        accuracies = [row["metric"] for row in itertools.takewhile(lambda row: "accuracy" in row["metric"], rows)]
+        assert accuracies == [*(f"accuracy, {each}" for each in expected), "accuracy"]
