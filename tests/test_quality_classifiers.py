@@ -76,7 +76,7 @@ def test_the_benchmark_takes_them_for_colour_photos_only():
     labels = torch.arange(40) % 2
     for name, channels, expected in (("cifar10", 3, [*LARGE]), ("mnist", 1, ["residual", "mixer"])):
         images = torch.rand(40, channels, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
-        given = {"classifier_steps": 4, "architectures": ("residual", "mixer"), "seeds": 1, "block": 1, "large_steps": 1}
-        rows = figures((images, labels), (images, labels), IMAGE_SETS[name], compared=40, **given)
+        given = {"classifier_steps": 4, "architectures": ("residual", "mixer"), "large_steps": 1}
+        rows = figures((images, labels), (images, labels), IMAGE_SETS[name], seeds=1, block=1, compared=40, **given)
         accuracies = [row["metric"] for row in itertools.takewhile(lambda row: "accuracy" in row["metric"], rows)]
         assert accuracies == [*(f"accuracy, {each}" for each in expected), "accuracy"]
