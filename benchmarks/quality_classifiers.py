@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_spectral_dp.metrics.public_features import PublicFeatureConfig, PublicFeatureNetwork
-from hf_spectral_dp.metrics.utility import UtilityResult
+from hf_spectral_dp.metrics.public_features import PublicFeatureConfig, PublicFeatureNetwork, random_views
+from hf_spectral_dp.metrics.utility import UtilityResult, guesses
 
-SHIFT = 4  # pixels by which images are moved at most, in each direction
 BATCH = 128
 
 
@@ -103,7 +102,7 @@ def large_utility(
     results = []
     for name in architectures:
         trained = [_trained(name, images, labels, steps, seed) for seed in range(seeds)]
-        right = [_guesses(network, test_images) == test_labels for network in trained]
+        right = [guesses(network, test_images) == test_labels for network in trained]
         results.append(UtilityResult.of(name, torch.stack(right), test_labels, int(labels.max()) + 1))
     return results
 
@@ -118,7 +117,7 @@ def _trained(name: str, images: Tensor, labels: Tensor, steps: int, seed: int) -
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, steps + 1, pct_start=0.2)
     for chosen, _ in zip(_batches(len(images), generator), range(steps), strict=False):
-        batch = _views(images[chosen], generator).contiguous(memory_format=torch.channels_last)
+        batch = random_views(images[chosen], generator).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16):
             logits = network(batch)
         loss = F.cross_entropy(logits.float(), labels[chosen], label_smoothing=0.1)
@@ -134,17 +133,3 @@ def _batches(count: int, generator: torch.Generator) -> Iterator[Tensor]:
     size = min(BATCH, count)
     while True:
         yield from torch.randperm(count, generator=generator)[: count // size * size].split(size)
-
-
-def _views(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Images (B, 3, S, S), every second mirrored, all moved by at most `SHIFT` pixels over a mirrored border."""
-    mirrored = torch.rand(len(images), generator=generator) < 0.5
-    images = torch.where(mirrored.to(images.device)[:, None, None, None], images.flip(-1), images)
-    side, wide = images.shape[-1], F.pad(images, [SHIFT] * 4, mode="reflect")
-    corners = torch.randint(2 * SHIFT + 1, (len(images), 2), generator=generator).tolist()
-    return torch.stack([image[:, y : y + side, x : x + side] for image, (y, x) in zip(wide, corners, strict=True)])
-
-
-@torch.no_grad()
-def _guesses(network: nn.Module, images: Tensor) -> Tensor:
-    return torch.cat([network(some).argmax(1) for some in images.split(500)])

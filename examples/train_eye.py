@@ -23,11 +23,10 @@ from tqdm.auto import tqdm
 from train_features import accuracy, add_photos, add_words, public_images, scale_features
 from transformers import AutoModelForCausalLM, AutoModelForImageToImage
 
-from hf_spectral_dp.metrics.public_features import PublicFeatureConfig, PublicFeatureNetwork
+from hf_spectral_dp.metrics.public_features import PublicFeatureConfig, PublicFeatureNetwork, random_views
 from hf_spectral_dp.private_marks import refuse_uncounted
 from hf_spectral_dp.super_resolution import upscale_to
 
-SHIFT = 4  # pixels by which images are moved at most, in each direction
 SHARP = 0.4  # share of images that are seen as they are
 
 CARD = """---
@@ -75,22 +74,16 @@ def as_bytes(images: Tensor) -> Tensor:
 def batches(
     kinds: Tensor, labels: Tensor, batch_size: int, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Random batches in [-1, 1] without end: one of the looks of each image, mirrored at random, moved a little.
+    """Random batches in [-1, 1] without end: a random view of one of the looks of each image.
 
     Args:
         kinds: uint8 (3, N, 3, S, S): images as they are, through the codec, and their mirror images through the codec.
     """
-    side, odds = kinds.shape[-1], torch.tensor([SHARP, (1 - SHARP) / 2, (1 - SHARP) / 2])
+    odds = torch.tensor([SHARP, (1 - SHARP) / 2, (1 - SHARP) / 2])
     while True:
         for chosen in torch.randperm(len(labels), generator=generator).split(batch_size):
             kind = torch.multinomial(odds, len(chosen), replacement=True, generator=generator)
-            some = kinds[kind, chosen]
-            mirrored = torch.rand(len(some), generator=generator) < 0.5
-            some[mirrored] = some[mirrored].flip(-1)
-            wide = F.pad(some.float() / 127.5 - 1, [SHIFT] * 4, mode="reflect")
-            corners = torch.randint(2 * SHIFT + 1, (len(some), 2), generator=generator).tolist()
-            cut = [image[:, y : y + side, x : x + side] for image, (y, x) in zip(wide, corners, strict=True)]
-            yield torch.stack(cut), labels[chosen]
+            yield random_views(kinds[kind, chosen].float() / 127.5 - 1, generator), labels[chosen]
 
 
 def main() -> None:

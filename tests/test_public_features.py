@@ -11,7 +11,14 @@ from transformers import AutoModelForCausalLM, AutoModelForImageToImage
 
 from hf_spectral_dp import bundled_model
 from hf_spectral_dp.metrics.features import PublicFeatures
-from hf_spectral_dp.metrics.public_features import CHECKPOINT, EYE, PublicFeatureConfig, PublicFeatureNetwork
+from hf_spectral_dp.metrics.public_features import (
+    CHECKPOINT,
+    EYE,
+    SHIFT,
+    PublicFeatureConfig,
+    PublicFeatureNetwork,
+    random_views,
+)
 from hf_spectral_dp.super_resolution import upscale_to
 
 
@@ -119,3 +126,23 @@ def test_the_bundled_eye_knows_squares_of_a_photo_behind_a_codec_again():
     sharp, coarse = (F.normalize(network.features(some), dim=1) for some in (squares, shown))
     known = (coarse @ sharp.T).argmax(1) == torch.arange(len(squares))
     assert known.float().mean() > 0.5
+
+
+def test_views_are_cuts_of_the_image_or_its_mirror_image_with_a_mirrored_border():
+    images = torch.arange(2 * 3 * 32 * 32, dtype=torch.float32).view(2, 3, 32, 32)
+    shown = random_views(images.repeat(50, 1, 1, 1), torch.Generator().manual_seed(0))
+    looks = set()
+    for index, view in enumerate(shown):
+        image = images[index % 2]
+        cuts = {
+            (flipped, y, x): wide[:, y : y + 32, x : x + 32]
+            for flipped, look in ((False, image), (True, image.flip(-1)))
+            for wide in [F.pad(look[None], [SHIFT] * 4, mode="reflect")[0]]
+            for y in range(2 * SHIFT + 1)
+            for x in range(2 * SHIFT + 1)
+        }
+        found = [key for key, cut in cuts.items() if torch.equal(cut, view)]
+        assert found, index
+        looks.add(found[0])
+    assert {flipped for flipped, _, _ in looks} == {False, True}
+    assert len({y for _, y, _ in looks}) > SHIFT and len({x for _, _, x in looks}) > SHIFT

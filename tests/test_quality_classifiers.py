@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import quality_classifiers
-from benchmarks.quality_classifiers import BATCH, LARGE, SHIFT, _batches, _views, large_utility
+from benchmarks.quality_classifiers import BATCH, LARGE, _batches, large_utility
 from benchmarks.quality_data import IMAGE_SETS
 from benchmarks.quality_figures import figures
 
@@ -49,26 +49,6 @@ def test_every_image_comes_once_before_any_comes_again():
     assert len(seen.unique()) == 3 * BATCH
     assert len(next(batches)) == BATCH
     assert sorted(next(_batches(5, torch.Generator().manual_seed(0))).tolist()) == [0, 1, 2, 3, 4]
-
-
-def test_views_are_cuts_of_the_image_or_its_mirror_image_with_a_mirrored_border():
-    images = torch.arange(2 * 3 * 32 * 32, dtype=torch.float32).view(2, 3, 32, 32)
-    shown = _views(images.repeat(50, 1, 1, 1), torch.Generator().manual_seed(0))
-    looks = set()
-    for index, view in enumerate(shown):
-        image = images[index % 2]
-        cuts = {
-            (flipped, y, x): wide[:, y : y + 32, x : x + 32]
-            for flipped, look in ((False, image), (True, image.flip(-1)))
-            for wide in [torch.nn.functional.pad(look[None], [SHIFT] * 4, mode="reflect")[0]]
-            for y in range(2 * SHIFT + 1)
-            for x in range(2 * SHIFT + 1)
-        }
-        found = [key for key, cut in cuts.items() if torch.equal(cut, view)]
-        assert found, index
-        looks.add(found[0])
-    assert {flipped for flipped, _, _ in looks} == {False, True}
-    assert len({y for _, y, _ in looks}) > SHIFT and len({x for _, _, x in looks}) > SHIFT
 
 
 def test_the_benchmark_takes_them_for_colour_photos_only():

@@ -6,7 +6,7 @@ listed, and whether a guarantee covers it: most do not, since measuring is anoth
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -417,16 +417,15 @@ def for_the_card(assessment: Assessment, report: Mapping[str, Any]) -> dict[str,
     }
 
 
-def row_limit(report: Mapping[str, Any]) -> float | None:
-    """The AUROC that a report's claim leaves to attacks on one row; None if it says nothing of them.
+def row_limit(report: Mapping[str, Any], pairs: Sequence[tuple[float, float]]) -> float | None:
+    """The AUROC that a report's claim, with its `privacy_pairs`, leaves to attacks on one row; None if it says nothing.
 
     Where persons are protected it does not: a person who lacks one row shows the others more often, which is another
     change than that the person is missing, and can be easier to notice.
     """
     if report["unit"]["level"] == "person":
         return None
-    event = event_from_dict(report["accounting"]["event"])
-    return auroc_limit_of(privacy_pairs(event, report["adjacency"]["relation"]))
+    return auroc_limit_of(pairs)
 
 
 def _short(value: float) -> float:
@@ -459,7 +458,8 @@ def _audit_rows(assessment: Assessment, report: Mapping[str, Any]) -> list[dict[
     }
     if twin is None:
         return [copies]
-    limit = row_limit(report)
+    event = event_from_dict(report["accounting"]["event"])
+    limit = row_limit(report, privacy_pairs(event, report["adjacency"]["relation"]))
     attacks = zip([*leak.membership, leak.extraction.attack], [*twin.membership, twin.extraction.attack], strict=True)
     return [copies] + [
         {

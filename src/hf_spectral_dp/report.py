@@ -86,7 +86,7 @@ def render_report(assessment: Assessment, card: Mapping[str, Any] | None, name: 
     limit = None
     if card is not None:
         bounds = privacy_pairs(event_from_dict(card["accounting"]["event"]), card["adjacency"]["relation"])
-        limit = row_limit(card)
+        limit = row_limit(card, bounds)
         svg["attack"] = plots.attack_curve(bounds, [] if limit is None else _best_attacks(assessment))
         svg["profile"] = plots.profile(card["claim"]["profile"])
     return _template().render(

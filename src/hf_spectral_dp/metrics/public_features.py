@@ -15,6 +15,7 @@ from ..bundled import CHECKPOINTS
 
 CHECKPOINT = CHECKPOINTS / "public-features"
 EYE = CHECKPOINTS / "public-eye"
+SHIFT = 4  # pixels by which images are moved at most, in each direction
 
 
 class PublicFeatureConfig(PretrainedConfig):
@@ -182,4 +183,16 @@ class PublicFeatureNetwork(PreTrainedModel):
         return self.seen(pixel_values)[0]
 
 
-__all__ = ["CHECKPOINT", "EYE", "PublicFeatureConfig", "PublicFeatureNetwork"]
+def random_views(images: Tensor, generator: torch.Generator) -> Tensor:
+    """How small photos (B, C, S, S) are shown to a classifier that learns: (B, C, S, S), the like of them.
+
+    Every second one is mirrored, and all are moved by at most `SHIFT` pixels over a mirrored border, at random.
+    """
+    mirrored = torch.rand(len(images), generator=generator) < 0.5
+    images = torch.where(mirrored.to(images.device)[:, None, None, None], images.flip(-1), images)
+    side, wide = images.shape[-1], F.pad(images, [SHIFT] * 4, mode="reflect")
+    corners = torch.randint(2 * SHIFT + 1, (len(images), 2), generator=generator).tolist()
+    return torch.stack([image[:, y : y + side, x : x + side] for image, (y, x) in zip(wide, corners, strict=True)])
+
+
+__all__ = ["CHECKPOINT", "EYE", "SHIFT", "PublicFeatureConfig", "PublicFeatureNetwork", "random_views"]

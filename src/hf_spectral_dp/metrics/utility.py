@@ -228,15 +228,15 @@ def classifier_utility(
     for name in architectures:
         right = []
         for seed in range(seeds):
-            counts, guesses = [], []
+            counts, named = [], []
             for network in _trained(name, images[~held_out], labels[~held_out], classes, steps, seed):
-                counts.append(int((_guesses(network, validation_images) == validation_labels).sum()))
-                guesses.append(_guesses(network, test_images))
+                counts.append(int((guesses(network, validation_images) == validation_labels).sum()))
+                named.append(guesses(network, test_images))
             if selection_epsilon is None:
                 best = max(range(len(counts)), key=lambda index: (counts[index], index))  # of equals, the last
             else:
                 best = private_choice(counts, selection_epsilon / (len(architectures) * seeds))
-            right.append(guesses[best] == test_labels)
+            right.append(named[best] == test_labels)
         results.append(UtilityResult.of(name, torch.stack(right), test_labels, classes))
     return results
 
@@ -276,7 +276,7 @@ def classifier_accuracy(
     _check(train_images, train_labels, test_images, test_labels)
     classes = int(max(train_labels.max(), test_labels.max())) + 1
     *_, network = _trained(architecture, _small(train_images), train_labels, classes, steps, seed, batch_size)
-    return float((_guesses(network, _small(test_images)) == test_labels).float().mean())
+    return float((guesses(network, _small(test_images)) == test_labels).float().mean())
 
 
 def _check(images: Tensor, labels: Tensor, test_images: Tensor, test_labels: Tensor) -> None:
@@ -341,7 +341,8 @@ def _trained(
 
 
 @torch.no_grad()
-def _guesses(network: nn.Module, images: Tensor) -> Tensor:
+def guesses(network: nn.Module, images: Tensor) -> Tensor:
+    """The class (N,) that a classifier in evaluation mode finds likeliest for each image (N, C, H, W)."""
     return torch.cat([network(batch).argmax(1) for batch in images.split(500)])
 
 
@@ -354,4 +355,5 @@ __all__ = [
     "check_selection",
     "classifier_accuracy",
     "classifier_utility",
+    "guesses",
 ]
