@@ -40,8 +40,14 @@ def main() -> None:
     parser.add_argument("--device", help="default: the accelerator of each process, or the CPU")
     parser.add_argument("--push_to_hub", metavar="OWNER/NAME", help="then upload the dataset with its card")
     parser.add_argument("--private", action="store_true", help="make that repository private")
-    arguments = parser.parse_args()
+    try:
+        export(parser.parse_args())
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"export_dataset.py: {error}") from error
 
+
+def export(arguments: argparse.Namespace) -> None:
+    """Draws the images, and uploads them where it was asked to."""
     sampling = {} if arguments.guidance_scale is None else {"guidance_scale": arguments.guidance_scale}
     prompts = arguments.prompts and arguments.prompts.read_text(encoding="utf-8").splitlines()
     folder = export_dataset(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -292,3 +293,9 @@ def test_a_finished_dataset_goes_to_the_hub_in_one_commit_and_back(source, tmp_p
     here = load_dataset(str(folder), split="train", cache_dir=str(tmp_path / "cache"))
     assert np.array_equal(images, np.stack([np.asarray(image) for image in here["image"]]))
     assert labels == list(here["label"]) == [0, 1, 2, 3, 4]
+
+
+def test_the_example_refuses_in_words(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["export_dataset.py", str(source), "--out", str(tmp_path), "--num_images", "0"])
+    with pytest.raises(SystemExit, match=r"export_dataset\.py: num_images=0"):
+        runpy.run_path(str(Path(__file__).parents[1] / "examples" / "export_dataset.py"), run_name="__main__")

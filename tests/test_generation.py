@@ -70,6 +70,7 @@ def test_a_grid_by_hand():
         (["--device", "foo"], "device='foo' cannot be used here (Expected one of cpu, cuda"),
         (["--device", "cuda:99"], "device='cuda:99' cannot be used here"),
         (["--revision", "main"], "--revision main is for a Hub id"),
+        (["--seed", str(2**64)], "--seed 18446744073709551616 has more than 64 bits"),
     ],
 )
 def test_bad_input_is_refused_and_nothing_is_written(saved, tmp_path, capsys, options, message):

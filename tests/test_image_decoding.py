@@ -11,7 +11,7 @@ from PIL import Image
 
 from benchmarks import hostile_images
 from hf_spectral_dp import image_decoding
-from hf_spectral_dp.image_decoding import UndecodableImageError, decode_image
+from hf_spectral_dp.image_decoding import UndecodableImageError, decode_image, readable
 
 
 @pytest.fixture(scope="module")
@@ -147,3 +147,11 @@ def test_the_pixel_limit_is_exact():
     assert decode_image(content, max_pixels=100).size == (10, 10)
     with pytest.raises(UndecodableImageError, match="max_pixels=99"):
         decode_image(content, max_pixels=99)
+
+
+def test_a_source_without_a_readable_image_is_refused_in_words():
+    broken = [{"image": b"no image"}, {"image": b"nor this"}]
+    with pytest.raises(ValueError, match=r"no image in 'image' can be read \(2 rows, the first: .+\)"):
+        list(readable(broken, "image"))
+    with pytest.raises(ValueError, match=r"can be read \(there are no rows\)"):
+        list(readable([], "image"))

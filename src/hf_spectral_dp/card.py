@@ -80,7 +80,10 @@ class PrivacyCard:
         try:
             report = parse(path.read_bytes())
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"{path} does not exist; PrivacyCard(report).save(folder) writes it.") from error
+            raise FileNotFoundError(
+                f"{path} does not exist, so nothing says what was guaranteed; name a folder with a privacy card, as"
+                " examples/train.py and PrivacyCard(report).save(folder) write it."
+            ) from error
         except ValueError as error:
             raise ValueError(f"{path} is no readable JSON ({error}); restore it, or save the card again.") from error
         if not isinstance(report, dict):

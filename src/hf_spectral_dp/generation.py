@@ -75,6 +75,8 @@ def generate_files(arguments: argparse.Namespace) -> list[Path]:
         raise ValueError(f"--out {arguments.out} holds other files; name a new folder.")
     if arguments.revision is not None and Path(arguments.pipeline).is_dir():
         raise ValueError(f"--revision {arguments.revision} is for a Hub id, but {arguments.pipeline} is a folder.")
+    if arguments.seed is not None and not -(2**63) <= arguments.seed < 2**64:
+        raise ValueError(f"--seed {arguments.seed} has more than 64 bits, which torch cannot take; name a smaller one.")
     check_device(arguments.device)
     pipe = DPSpectralPipeline.from_pretrained(arguments.pipeline, revision=arguments.revision).to(arguments.device)
     labels = arguments.class_labels

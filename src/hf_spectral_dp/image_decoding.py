@@ -116,16 +116,22 @@ def readable(rows: Iterable[Mapping[str, Any]], image_column: str) -> Iterator[t
         image_column: where they lie.
 
     Raises:
-        ValueError: a row has no such column.
+        ValueError: a row has no such column; or, after the last row, no image could be decoded.
     """
+    decoded, reasons = False, []
     for row in undecoded(rows):
         if image_column not in row:
             raise ValueError(f"image_column={image_column!r} is not a column of the data; choose one of {sorted(row)}.")
         try:
             image = decode_image(row[image_column])
-        except UndecodableImageError:
+        except UndecodableImageError as error:
+            reasons.append(str(error))
             continue
+        decoded = True
         yield image, row
+    if not decoded:
+        why = f"{len(reasons)} rows, the first: {reasons[0]}" if reasons else "there are no rows"
+        raise ValueError(f"no image in {image_column!r} can be read ({why}); check the folder or the data set.")
 
 
 def decode_batch(images: Sequence[Any], image_processor: Any) -> tuple[Tensor | None, list[int], list[str]]:
