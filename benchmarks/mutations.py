@@ -444,6 +444,18 @@ MUTANTS = (
         killers=("test_batches.py::test_a_data_set_that_gives_more_rows_than_asked_for_is_refused",),
     ),
     Mutant(
+        "coins that examples share pass",
+        replaced=((CLIPPING, "if both[0] - twice or any(", "if False and any("),),
+        killers=("test_clipping_refusals.py::test_a_coin_that_examples_share_is_refused",),
+    ),
+    Mutant(
+        "a wrapper hides the runs of what it holds",
+        replaced=(
+            ("private_marks.py", 'network.modules() if hasattr(network, "modules") else [network]', "[network]"),
+        ),
+        killers=("test_private_marks.py::test_a_wrapper_hides_no_mark",),
+    ),
+    Mutant(
         "batches from a shuffled list",
         appended=((SAMPLING, _SHUFFLED),),
         killers=(

@@ -237,7 +237,7 @@ def test_the_readme_states_the_hash_of_the_report(folder):
 
 
 def test_what_cannot_be_loaded(folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match="privacy.json does not exist; .*save"):
+    with pytest.raises(FileNotFoundError, match="privacy.json does not exist, so nothing .*save"):
         PrivacyCard.load(tmp_path)
     path, text = folder / "privacy.json", (folder / "privacy.json").read_text()
     for damaged in ("[]", "3", "null"):
