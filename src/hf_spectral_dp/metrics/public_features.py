@@ -155,10 +155,14 @@ class PublicFeatureNetwork(PreTrainedModel):
         """Class logits (B, num_classes) of images (B, 1 or 3, H, W) in [-1, 1]."""
         return self.classify(self.prepare(pixel_values))
 
-    def classify(self, images: Tensor) -> Tensor:
-        """Class logits (B, num_classes) of images (B, 3, h, w) in [-1, 1] of any side, not resized; for training."""
+    def summary(self, images: Tensor) -> Tensor:
+        """What classes are told by, (B, widths[-1]), of images (B, 3, h, w) in [-1, 1] of any side, not resized."""
         last = self.maps(images.to(memory_format=torch.channels_last))[-1]
-        return self.classifier(last.amax((2, 3)) if self.peaks else last.mean((2, 3)))
+        return last.amax((2, 3)) if self.peaks else last.mean((2, 3))
+
+    def classify(self, images: Tensor) -> Tensor:
+        """Class logits (B, num_classes) of the same; for training."""
+        return self.classifier(self.summary(images))
 
     def pooled(self, maps: list[Tensor]) -> Tensor:
         """Spatial means (B, D) of those outputs; of a "resnet9" followed by the largest values of the last."""
