@@ -25,7 +25,7 @@ FIELDS = {
     "model": {"prior", "prior_source", "super_resolution", "super_resolution_source", "num_classes"}
     | {"text_encoder", "text_encoder_source", "max_text_tokens"},
     "critic": {"kind", "target_epsilon", "public", "public_split", "public_source", "network", "share", "max_steps"}
-    | {"learning_rate", "public_steps"},
+    | {"network_source", "learning_rate", "public_steps"},
     "training": set(DPTrainingArguments.__dataclass_fields__) - {"output_dir"},
     "sampling": set(SAMPLING_VALUES),
     "card": {"license", "hyperparameter_tuning", "tuning_data", "outside_guarantee", "prompts", "contact"},
@@ -39,10 +39,13 @@ REQUIRED = {
 }
 EMPTY = {"super_resolution"}  # may be given as nothing, which says that none is needed
 TEXT = ("data.caption_column", "model.text_encoder", "model.text_encoder_source", "card.prompts")
-CRITICS = {  # by kind: fields that it needs, and the config that explains them
-    "classes": ({"target_epsilon", "public", "public_source"}, "cifar10.yaml"),
-    "mean": ({"target_epsilon"}, "faces.yaml"),
-}
+CRITICS = {  # by kind: fields that it needs, the config that explains them, and what the bundled network learned from
+    "classes": (
+        {"target_epsilon", "public", "public_source"}, "cifar10.yaml",
+        "Tiny ImageNet, public photos, and what EfficientNet-Lite0, a public classifier of ImageNet, says of them",
+    ),
+    "mean": ({"target_epsilon"}, "faces.yaml", "Tiny ImageNet, public photos"),
+}  # fmt: skip
 PUBLIC = ("public", "public_source", "public_split", "public_steps")
 WHOLE = {  # the least of each; what training and sampling take, they check themselves
     "data.num_examples": 1, "data.max_rows_per_unit": 1, "model.num_classes": 0, "model.max_text_tokens": 1,
@@ -114,16 +117,19 @@ def read_config(path: str) -> dict[str, Any]:
         if "network" in critic and not Path(located(critic["network"])).is_dir():
             raise ValueError(f"{path}: critic.network={critic['network']!r} is no folder; name one that train_eye.py or"
                              " train_features.py wrote, or bundled:public-eye.")  # fmt: skip
+        if ("network" in critic) != bool(str(critic.get("network_source", "")).strip()):
+            raise ValueError(f"{path}: critic.network and critic.network_source belong together: the card says from"
+                             " which public images a network of your own learned.")  # fmt: skip
         kind = critic.setdefault("kind", "classes")
         if kind not in CRITICS:
             raise ValueError(f"{path}: critic.kind={kind!r} is unknown; use one of {', '.join(CRITICS)}.")
-        needed, example = CRITICS[kind]
+        needed, example, _ = CRITICS[kind]
         if missing := needed - set(critic):
             raise ValueError(f"{path}: critic lacks {sorted(missing)}; examples/configs/{example} explains them.")
         if kind == "classes" and not config["data"].get("label_column"):
             raise ValueError(f"{path}: a critic tells classes apart, and data.label_column names none.")
         if kind == "mean":
-            if unused := set(critic) - {"kind", "target_epsilon", "network", *PUBLIC}:
+            if unused := set(critic) - {"kind", "target_epsilon", "network", "network_source", *PUBLIC}:
                 raise ValueError(f"{path}: critic of kind mean takes no {sorted(unused)}; leave them out.")
             if (given := set(critic) & set(PUBLIC)) and not set(PUBLIC[:2]) <= given:
                 raise ValueError(f"{path}: critic has {sorted(given)}; the photos that a private mean weighs need both"
@@ -175,13 +181,14 @@ def _listed(names: set[Any]) -> list[str]:
 
 def publisher_words(config: dict[str, Any]) -> dict[str, Any]:
     """The fields of a privacy report that the config's author writes; no run says them."""
-    data, models, about = config["data"], config["model"], config["card"]
+    data, models, about, critic = config["data"], config["model"], config["card"], config["critic"]
     sources = {
         "codec and prior": models["prior_source"],
         "super-resolution": models["super_resolution_source"],
         "text encoder": models.get("text_encoder_source"),
-        "photos that a private " + ("mean weighed" if config["critic"].get("kind") == "mean" else "critic chose"):
-            config["critic"].get("public_source"),
+        "photos that a private " + ("mean weighed" if critic.get("kind") == "mean" else "critic chose"):
+            critic.get("public_source"),
+        "network that the critic looks through": critic and critic.get("network_source", CRITICS[critic["kind"]][2]),
     }  # fmt: skip
     return {
         "data": {"name": source_name(data["source"]), "split": data["split"], "description": data["description"]},

@@ -24,7 +24,7 @@ def job(tmp_path) -> dict:
 @pytest.fixture
 def with_mean(job, tmp_path) -> dict:
     network().save_pretrained(tmp_path / "network")
-    section = {"kind": "mean", "target_epsilon": 2.0, "network": str(tmp_path / "network")}
+    section = {"kind": "mean", "target_epsilon": 2.0, "network": str(tmp_path / "network"), "network_source": "none"}
     return {**job, "critic": section, "sampling": {"attempts": 2}, "evaluation": {}}
 
 
@@ -35,7 +35,8 @@ def test_mean_and_training_share_one_budget_and_a_run_goes_on(with_mean, tmp_pat
     out = tmp_path / "out"
     report, head = of_one_budget(out, charged=(1, 4))
     assert [stage["name"] for stage in report["stages"]].count("choosing among samples") == 1
-    assert {entry["role"] for entry in report["public_data"]} == {"codec and prior", "super-resolution"}
+    roles = {"codec and prior", "super-resolution", "network that the critic looks through"}
+    assert {entry["role"] for entry in report["public_data"]} == roles
     pipe = DPSpectralPipeline.from_pretrained(out / "pipeline")
     assert isinstance(pipe.critic, MeanCritic) and pipe.critic.exponent.abs().sum() > 0
     assert pipe.config.attempts == 2

@@ -30,7 +30,7 @@ def with_critic(job, tmp_path) -> dict:
     images(50, 2).to_parquet(tmp_path / "photos" / "train.parquet")
     section = {
         "target_epsilon": 2.0, "public": str(tmp_path / "photos"), "public_source": "noise", "max_steps": 3,
-        "network": str(tmp_path / "network"), "public_steps": 3, "share": 0.2,
+        "network": str(tmp_path / "network"), "network_source": "none", "public_steps": 3, "share": 0.2,
     }  # fmt: skip
     return {**job, "critic": section, "sampling": {"attempts": 2}, "evaluation": {}}
 
@@ -41,6 +41,7 @@ def test_critic_and_training_share_one_budget(with_critic, tmp_path):
     assert done.returncode == 0, done.stderr
     report, _ = of_one_budget(tmp_path / "out", charged=(3, 4))
     assert {"role": "photos that a private critic chose", "source": "noise"} in report["public_data"]
+    assert {"role": "network that the critic looks through", "source": "none"} in report["public_data"]
     pipe = DPSpectralPipeline.from_pretrained(tmp_path / "out" / "pipeline")
     assert pipe.critic is not None and pipe.config.attempts == 2
 
