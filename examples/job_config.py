@@ -21,7 +21,7 @@ COLUMNS = {"source", "split", "config_name", "revision", "image_column", "label_
 FIELDS = {
     "data": COLUMNS
     | {"num_examples", "description", "unit_column", "max_rows_per_unit", "views", "class_names"}
-    | {"caption_column", "caption_files"},
+    | {"caption_column", "caption_files", "white_level"},
     "model": {"prior", "prior_source", "super_resolution", "super_resolution_source", "num_classes"}
     | {"text_encoder", "text_encoder_source", "max_text_tokens"},
     "critic": {"kind", "target_epsilon", "public", "public_split", "public_source", "network", "share", "max_steps"}
@@ -48,8 +48,9 @@ CRITICS = {  # by kind: fields that it needs, the config that explains them, and
 }  # fmt: skip
 PUBLIC = ("public", "public_source", "public_split", "public_steps")
 WHOLE = {  # the least of each; what training and sampling take, they check themselves
-    "data.num_examples": 1, "data.max_rows_per_unit": 1, "model.num_classes": 0, "model.max_text_tokens": 1,
-    "critic.max_steps": 1, "critic.public_steps": 1, "evaluation.images_per_class": 1, "evaluation.classifier_steps": 1,
+    "data.num_examples": 1, "data.max_rows_per_unit": 1, "data.white_level": 1, "model.num_classes": 0,
+    "model.max_text_tokens": 1, "critic.max_steps": 1, "critic.public_steps": 1, "evaluation.images_per_class": 1,
+    "evaluation.classifier_steps": 1,
 }  # fmt: skip
 POSITIVE = ("critic.target_epsilon", "critic.learning_rate", "critic.share", "evaluation.twin_epochs")
 LISTS = ("data.class_names", "card.outside_guarantee", "card.prompts")

@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--wavelet", default="haar", help="an orthogonal PyWavelets filter")
     parser.add_argument("--levels", type=int, default=3)
     parser.add_argument("--patch_sizes", type=int, nargs="+", default=[2, 2, 2], help="per scale, coarse to fine")
+    parser.add_argument("--white_level", type=int, default=65535, help="white in 16 bits; 4095 where images use 12")
     parser.add_argument("--codebook_sizes", type=int, nargs="+", default=[128, 128, 256])
     parser.add_argument("--num_classes", type=int, default=0, help="0: unconditional")
     parser.add_argument("--hidden_size", type=int, default=128)
@@ -65,7 +66,12 @@ def main() -> None:
         num_hidden_layers=arguments.num_hidden_layers,
         num_attention_heads=arguments.num_attention_heads,
     )
-    processor = SpectralImageProcessor(image_size=arguments.size, num_channels=arguments.channels, pad=arguments.pad)
+    processor = SpectralImageProcessor(
+        image_size=arguments.size,
+        num_channels=arguments.channels,
+        pad=arguments.pad,
+        white_level=arguments.white_level,
+    )
     images = public_images(arguments.public, arguments.split, arguments.image_column, arguments.images, arguments.seed)
     # Few at once: photos as they were taken are a thousand times as large.
     parts = iter(lambda: list(itertools.islice(images, 50)), [])

@@ -30,7 +30,7 @@ from hf_spectral_dp.image_sources import load_images
 from hf_spectral_dp.metrics.features import PublicFeatures
 from hf_spectral_dp.metrics.public_features import CHECKPOINT
 from hf_spectral_dp.super_resolution import SpectralSuperResolution, upscale_to
-from hf_spectral_dp.super_resolution_training import MENDING, mend_towards, public_squares
+from hf_spectral_dp.super_resolution_training import MENDING, eight_bits, mend_towards, public_squares
 from hf_spectral_dp.token_store import TokenStore
 from hf_spectral_dp.whole_files import new_folder
 
@@ -65,10 +65,10 @@ def mean_of(
     return trained(critic, rows, section, args, output), ledger
 
 
-def public_photos(section: dict[str, Any]) -> Iterator[Image.Image]:
+def public_photos(section: dict[str, Any], white_level: int) -> Iterator[Image.Image]:
     """Those that the mean weighs, as the config's `critic` names them; what cannot be read is passed over."""
     rows = load_images(section["public"], section.get("public_split", "train"))
-    return (photo for photo, _ in readable(rows, "image"))
+    return (eight_bits(photo, white_level) for photo, _ in readable(rows, "image"))
 
 
 def mended(
@@ -77,6 +77,7 @@ def mended(
     detail: SpectralSuperResolution,
     model: Any,
     temperature: Any,
+    white_level: int,
     args: DPTrainingArguments,
     output: Path,
 ) -> SpectralSuperResolution:
@@ -85,12 +86,15 @@ def mended(
     Args:
         section: the config's `critic`, with `public`.
         critic, model: after their private training. detail: the public network. temperature: of drawing.
+        white_level: of photos of 16 bits.
         args: of the private training. output: the run's folder.
     """
     folder = output / "super_resolution"
     if folder.exists():
         return SpectralSuperResolution.from_pretrained(folder)
-    images = public_squares(public_photos(section), model.config.image_size, model.config.num_channels, args.seed)
+    images = public_squares(
+        public_photos(section, white_level), model.config.image_size, model.config.num_channels, args.seed
+    )
     schedule = replace(MENDING, steps=section.get("public_steps", MENDING.steps), bf16=args.bf16, seed=args.seed)
     parts = [part.to(args.device) for part in (critic, detail, model)]
     learned = mend_towards(*parts, images, temperature, schedule).cpu()

@@ -136,6 +136,8 @@ def public_parts(config: dict[str, Any], args: DPTrainingArguments) -> tuple[Any
         model = model.with_classes(classes)
     model.config.class_names = config["data"].get("class_names")
     processor = AutoImageProcessor.from_pretrained(prior)
+    if (white := config["data"].get("white_level")) is not None:
+        processor = type(processor).from_dict({**processor.to_dict(), "white_level": white})
     network = words["super_resolution"]  # ours, Swin2SR or their kind; none where the tokens need none
     detail = AutoModelForImageToImage.from_pretrained(located(network)) if network else None
     counted = {run["ledger_head"] for run in args.earlier_runs()}
@@ -152,8 +154,10 @@ def public_parts(config: dict[str, Any], args: DPTrainingArguments) -> tuple[Any
                 "critic.public teaches detail to a SpectralSuperResolution that enlarges what tokens show;"
                 f" model.super_resolution={network!r} is another, or does nothing here."
             )
-        if next(public_photos(config["critic"]), None) is None:
-            raise ValueError(f"critic.public={config['critic']['public']!r} holds no image that can be read.")
+        try:
+            next(public_photos(config["critic"], processor.white_level))
+        except ValueError as error:
+            raise ValueError(f"critic.public={config['critic']['public']!r}: {error}") from error
     return model, processor, detail, text
 
 
@@ -260,7 +264,8 @@ def main() -> None:
     # 3. The pipeline, with samples.
     merged, network = trainer.merged_model().cpu().eval(), detail
     if weighs_photos(config):
-        network = mended(critic, judge, detail, merged, config["sampling"].get("temperature", 1.0), args, output)
+        temperature = config["sampling"].get("temperature", 1.0)
+        network = mended(critic, judge, detail, merged, temperature, processor.white_level, args, output)
     pipeline = DPSpectralPipeline(merged, processor, network, *text, critic=judge, **config["sampling"])
     if critic and critic["kind"] == "mean":
         learn_to_choose(pipeline, args.seed)

@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM
 from hf_spectral_dp.image_decoding import readable
 from hf_spectral_dp.private_marks import refuse_uncounted
 from hf_spectral_dp.super_resolution import SpectralSuperResolution, SpectralSuperResolutionConfig, upscale, upscale_to
-from hf_spectral_dp.super_resolution_training import Coarse, Schedule, squares, train_super_resolution
+from hf_spectral_dp.super_resolution_training import Coarse, Schedule, eight_bits, squares, train_super_resolution
 
 CARD = """---
 library_name: transformers
@@ -68,7 +68,7 @@ def public_images(arguments: argparse.Namespace) -> np.ndarray:
         padded = np.pad(digits, ((0, 0), margin, margin))[..., None]
         return np.repeat(padded, channels, axis=-1)
     rows = some_of(arguments.public, arguments.split, arguments.images, arguments.seed)
-    photos = (photo for photo, _ in readable(rows, arguments.image_column))
+    photos = (eight_bits(photo, arguments.white_level) for photo, _ in readable(rows, arguments.image_column))
     images = np.stack(list(tqdm(squares(photos, size, channels, rng), "reading", total=arguments.images)))
     return images[rng.permutation(len(images))]
 
@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("--public", required=True, help="'glyphs', an image folder, or a Hub data set id")
     parser.add_argument("--split", default="train")
     parser.add_argument("--image_column", default="image")
+    parser.add_argument("--white_level", type=int, default=65535, help="white in 16 bits; 4095 where images use 12")
     parser.add_argument("--license", default="apache-2.0")
     parser.add_argument("--out", required=True)
     parser.add_argument("--codec", help="folder of the codec whose images are to be upscaled and mended")

@@ -75,6 +75,8 @@ def test_images_in_pipeline_and_card_out(job, tmp_path):
         ("data", "views", {"count": 3}, "count=3 with no change given"),
         ("data", "views", {"count": 3, "rotate": 5}, "data.views=.* takes count, and beside it some of rot"),
         ("data", "views", 4, "data.views=4 takes count"),
+        ("data", "white_level", 0, "data.white_level=0 must be a whole number of at least 1"),
+        ("data", "white_level", 65536, r"white_level=65536 must be in \[1, 65535\]"),
         ("data", "num_examples", "60", "data.num_examples='60' must be a whole number of at least 1, without quotes"),
         ("data", "label_column", 3, "data.label_column=3 must be text; put it into quotes"),
         ("data", "class_names", [True, False], r"data.class_names=\[True, False\] must be a list of texts; quotes"),

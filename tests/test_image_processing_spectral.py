@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoImageProcessor
 
 from hf_spectral_dp.image_processing_spectral import SpectralImageProcessor
 
@@ -90,6 +91,29 @@ def test_sixteen_bits_are_not_cut_to_eight():
     for image in (ramp, Image.fromarray(ramp), ramp.astype(np.float32) / 65535):
         pixels = SpectralImageProcessor(image_size=16)(image, return_tensors="np")["pixel_values"]
         np.testing.assert_allclose(pixels[0, 0], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("white_level", [1000, 4095])
+def test_the_white_of_fewer_bits_is_white(white_level, tmp_path):
+    """As if the samples had been spread over all 16 bits; eight bits and floats have a white of their own."""
+    ramp = np.linspace(0, white_level, 256).round().astype(np.uint16).reshape(16, 16)
+    spread = np.round(ramp * (65535 / white_level)).astype(np.uint16)
+    SpectralImageProcessor(image_size=16, white_level=white_level).save_pretrained(tmp_path)
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
+    full = SpectralImageProcessor(image_size=16)
+    for image, same in ((ramp, spread), (Image.fromarray(ramp), Image.fromarray(spread))):
+        torch.testing.assert_close(processor(image)["pixel_values"], full(same)["pixel_values"], atol=1e-4, rtol=0)
+    above = np.full((16, 16), white_level + 1, np.uint16)
+    assert processor(above)["pixel_values"].min() == 1 and processor(Image.fromarray(above))["pixel_values"].min() == 1
+    eight = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    for image in (eight, eight.astype(np.float32) / 255, np.stack([eight, eight], -1)):
+        torch.testing.assert_close(processor(image)["pixel_values"], full(image)["pixel_values"], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("white_level", [0, 65536])
+def test_a_white_that_no_sample_has_is_refused(white_level):
+    with pytest.raises(ValueError, match=rf"white_level={white_level} must be in \[1, 65535\]; 4095"):
+        SpectralImageProcessor(white_level=white_level)
 
 
 @pytest.mark.parametrize(

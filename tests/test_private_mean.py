@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from critic_parts import network
+from datasets import Dataset
 from example_jobs import images, of_one_budget, run, run_here, tiny_job
 from pipeline_parts import enlarging, of_half_the_side
 
@@ -141,6 +142,13 @@ def test_photos_that_cannot_be_read_or_named_end_the_run_before_it_spends(
     section = {name: value for name, value in {**with_photos["critic"], **change}.items() if value is not None}
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run_here({**with_photos, "critic": section}, tmp_path, monkeypatch)
+    assert not (tmp_path / "out").exists()
+
+
+def test_photos_none_of_which_can_be_read_end_the_run_before_it_spends(with_photos, tmp_path, monkeypatch):
+    Dataset.from_dict({"image": [b"no image"]}).to_parquet(tmp_path / "photos" / "train.parquet")
+    with pytest.raises(ValueError, match=r"critic.public=.*photos': no image in 'image' can be read \(1 rows"):
+        run_here(with_photos, tmp_path, monkeypatch)
     assert not (tmp_path / "out").exists()
 
 

@@ -34,7 +34,10 @@ def test_some_images_are_of_all_classes_and_the_same_for_the_same_seed(sorted_by
     assert {shade // 100 for shade in some} == {0, 1, 2} and len(set(drawn(100, 1))) == 60
     with pytest.raises(ValueError, match=r"image_column='photo' is not a column of the data; .*'image'"):
         next(pretrain_codec.public_images(str(sorted_by_class), "train", "photo", 3, 0))
-    options = {"public": str(sorted_by_class), "split": "train", "image_column": "image", "size": 8, "channels": 1}
+    options = {
+        "public": str(sorted_by_class), "split": "train", "image_column": "image", "size": 8, "channels": 1,
+        "white_level": 65535,
+    }  # fmt: skip
     images = train_super_resolution.public_images(argparse.Namespace(**options, images=30, seed=0))[:, 0, 0, 0]
     assert sorted(images) == sorted(some) and {shade // 100 for shade in images[:10]} == {0, 1, 2}  # the held-out ones
 

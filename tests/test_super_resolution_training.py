@@ -20,6 +20,7 @@ from hf_spectral_dp.super_resolution_training import (
     Coarse,
     Discriminator,
     Schedule,
+    eight_bits,
     mend_towards,
     one_cycle,
     public_squares,
@@ -94,6 +95,14 @@ def test_squares_are_of_photos_as_the_processor_sees_them(channels):
         seen = SpectralImageProcessor(image_size=16, num_channels=channels)(image)["pixel_values"]
         whole = square(image, 16, channels, np.random.default_rng(1))  # whose first coin says: all of it
         assert abs(whole.mean() - (float(seen.mean()) + 1) * 127.5) < 1
+
+
+def test_photos_of_twelve_bits_are_as_the_processor_sees_them():
+    image = Image.fromarray(np.linspace(0, 4095, 16 * 16).reshape(16, 16).astype(np.uint16))
+    seen = SpectralImageProcessor(image_size=16, white_level=4095)(image)["pixel_values"][0, 0]
+    eight = eight_bits(image, 4095)
+    assert eight.mode == "L" and eight_bits(eight) == eight
+    np.testing.assert_allclose(np.asarray(eight), (seen + 1) * 127.5, atol=0.51)
 
 
 def test_public_squares_are_some_of_each_photo_and_stop_at_the_memory(monkeypatch):

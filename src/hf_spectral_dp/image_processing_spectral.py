@@ -15,6 +15,7 @@ from transformers.image_processing_base import ImageProcessingMixin  # noqa: F40
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
 _WIDE_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
+_WHITE = 65535
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as Pillow's convert("L")
 
 
@@ -26,6 +27,8 @@ class SpectralImageProcessor(BaseImageProcessor):
         num_channels: 1 (grey) or 3 (RGB).
         pad: border in pixels on every side, inside `image_size`: 28x28 digits become 32x32 with `pad=2`.
         background: value in [-1, 1] of the border and of what lies behind transparent pixels; -1 is black.
+        white_level: sample that is white in images of 16 bits, in [1, 65535]; all above are white, too. X-rays of 12
+            bits fill 4095 only, and would be nearly black without it. No image is asked: the same level serves all.
 
     Raises:
         ValueError: a field out of range; names the field, its value, the rule and the remedy.
@@ -34,7 +37,13 @@ class SpectralImageProcessor(BaseImageProcessor):
     model_input_names = ["pixel_values"]
 
     def __init__(
-        self, image_size: int = 32, num_channels: int = 1, pad: int = 0, background: float = -1.0, **kwargs: Any
+        self,
+        image_size: int = 32,
+        num_channels: int = 1,
+        pad: int = 0,
+        background: float = -1.0,
+        white_level: int = _WHITE,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         if image_size < 1:
@@ -47,10 +56,13 @@ class SpectralImageProcessor(BaseImageProcessor):
             )
         if not -1 <= background <= 1:
             raise ValueError(f"background={background} must be in [-1, 1]; -1 is black, 1 is white.")
+        if not 1 <= white_level <= _WHITE:
+            raise ValueError(f"white_level={white_level} must be in [1, {_WHITE}]; 4095 is white in images of 12 bits.")
         self.image_size = image_size
         self.num_channels = num_channels
         self.pad = pad
         self.background = background
+        self.white_level = white_level
 
     def preprocess(self, images: Any, return_tensors: str | None = "pt", **kwargs: Any) -> BatchFeature:
         """Preprocesses one image or several.
@@ -58,8 +70,9 @@ class SpectralImageProcessor(BaseImageProcessor):
         Args:
             images: a Pillow image of any mode; an array or tensor (H, W), (H, W, C) or (C, H, W); a list of these of
                 any sizes; or a batch (B, H, W), (B, H, W, C) or (B, C, H, W). C is 1, 2 (grey and alpha), 3 or 4 (RGB
-                and alpha). Integer arrays are uint8 or uint16 over their full range, boolean ones 0 and 1, floating
-                ones in [0, 1]. A three-dimensional array whose first or last side is 1, 3 or 4 is taken as one image.
+                and alpha). Integer arrays are uint8 over its full range or uint16 up to `white_level`, boolean ones 0
+                and 1, floating ones in [0, 1]. A three-dimensional array whose first or last side is 1, 3 or 4 is taken
+                as one image.
             return_tensors: "pt" (default), "np" or None for NumPy.
 
         Returns:
@@ -69,7 +82,7 @@ class SpectralImageProcessor(BaseImageProcessor):
             ValueError: an empty image, a shape or range not listed above, or non-finite values.
         """
         if kwargs:
-            raise ValueError(f"unknown arguments {sorted(kwargs)}; set image_size, num_channels, pad or background.")
+            raise ValueError(f"unknown arguments {sorted(kwargs)}; set them when the processor is made.")
         listed = _as_list(images)
         inner = self.image_size - 2 * self.pad
         border = (self.background + 1) * 127.5
@@ -77,7 +90,7 @@ class SpectralImageProcessor(BaseImageProcessor):
         pixels = np.full(shape, border, dtype=np.float32)
         window = slice(self.pad, self.pad + inner)
         for index, image in enumerate(listed):
-            square = _fit(image_levels(image, border), inner, self.num_channels)
+            square = _fit(image_levels(image, border, self.white_level), inner, self.num_channels)
             pixels[index, :, window, window] = square.transpose(2, 0, 1)
         pixels *= 1 / 127.5
         pixels -= 1
@@ -142,17 +155,17 @@ def _array(image: Any) -> np.ndarray:
     return np.asarray(image)
 
 
-def image_levels(image: Any, border: float) -> Image.Image | np.ndarray:
+def image_levels(image: Any, border: float, white_level: int = _WHITE) -> Image.Image | np.ndarray:
     """One image in the levels 0..255: a Pillow "L" or "RGB" image, or float32 (H, W, 1 or 3) where eight bits lose.
 
-    `border` is the level behind transparent pixels.
+    `border` is the level behind transparent pixels; `white_level` the sample that is white in images of 16 bits.
     """
     if isinstance(image, Image.Image):
         if min(image.size) < 1:
             raise ValueError(f"image of size {image.size} is empty.")
         if image.mode in _WIDE_MODES:
             # 16-bit samples; Pillow's own convert("L") would clip them at 255.
-            return np.asarray(image, dtype=np.float32).clip(0, 65535)[..., None] / 257
+            return np.asarray(image, dtype=np.float32).clip(0, white_level)[..., None] / (white_level / 255)
         if image.mode == "F":
             return _float_levels(np.asarray(image)[..., None], border)
         if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
@@ -175,7 +188,8 @@ def image_levels(image: Any, border: float) -> Image.Image | np.ndarray:
     if array.dtype == np.uint8 and array.shape[-1] in (1, 3):
         return Image.fromarray(np.ascontiguousarray(array[..., 0] if array.shape[-1] == 1 else array))
     if array.dtype in (np.uint8, np.uint16):
-        return _float_levels(array.astype(np.float32) / np.iinfo(array.dtype).max, border)
+        white = 255 if array.dtype == np.uint8 else white_level
+        return _float_levels(array.astype(np.float32).clip(0, white) / white, border)
     if array.dtype == np.bool_ or np.issubdtype(array.dtype, np.floating):
         return _float_levels(array.astype(np.float32), border)
     raise ValueError(f"image of dtype {array.dtype} has no known range; give uint8, uint16, bool, or floats in [0, 1].")

@@ -37,7 +37,7 @@ def square(image: Image.Image, size: int, channels: int, rng: np.random.Generato
     The other squares are of any side down to half of `size`, and enlarged where they are smaller. Photos that were made
     small are sharp everywhere; a network that saw no others puts detail where skin, sky and walls have none.
     """
-    image = _plain(image).convert("L" if channels == 1 else "RGB")
+    image = eight_bits(image).convert("L" if channels == 1 else "RGB")
     side = min(image.size)
     if rng.random() < 0.5:
         side = int(rng.integers(min(side, size // 2), side + 1))
@@ -47,9 +47,9 @@ def square(image: Image.Image, size: int, channels: int, rng: np.random.Generato
     return np.asarray(small).reshape(size, size, channels)
 
 
-def _plain(image: Image.Image) -> Image.Image:
+def eight_bits(image: Image.Image, white_level: int = 65535) -> Image.Image:
     """The image in eight bits and without transparency, as `SpectralImageProcessor` sees it; Pillow would clip."""
-    levels = image_levels(image, border=0.0)
+    levels = image_levels(image, 0.0, white_level)
     if isinstance(levels, Image.Image):
         return levels
     eight = levels.round().clip(0, 255).astype(np.uint8)
@@ -345,6 +345,7 @@ __all__ = [
     "Coarse",
     "Discriminator",
     "Schedule",
+    "eight_bits",
     "mend_towards",
     "one_cycle",
     "public_squares",
