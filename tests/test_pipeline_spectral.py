@@ -256,6 +256,8 @@ def test_parts_that_do_not_fit_are_refused():
         DPSpectralPipeline(model, processor, network(scale=4))
     with pytest.raises(TypeError, match="SpectralTokenizerForCausalLM.*no integer `upscale`"):
         DPSpectralPipeline(model, processor, coarse_model())
+    with pytest.raises(TypeError, match="super_resolution is a DPSpectralPipeline, .*upscaling="):
+        DPSpectralPipeline(model, processor, DPSpectralPipeline(model, processor))
     with pytest.raises(TypeError, match="merge_and_unload"):
         DPSpectralPipeline(torch.nn.Sequential(model), processor)
 

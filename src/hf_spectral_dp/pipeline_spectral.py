@@ -57,7 +57,8 @@ class DPSpectralPipeline(DiffusionPipeline):
             wherever a call does not say otherwise, so that users get what the model was tuned with.
 
     Raises:
-        TypeError: `model` is wrapped (an adapter), or `super_resolution` does not say its factor.
+        TypeError: `model` is wrapped (an adapter), or `super_resolution` is no model of transformers or does not say
+            its factor.
         ValueError: components that do not fit together, or sampling values out of range.
     """
 
@@ -94,8 +95,7 @@ class DPSpectralPipeline(DiffusionPipeline):
         model.eval()
         model.check_sampling(guidance_scale, temperature, top_k, top_p, attempts)
         if super_resolution is not None:
-            _check_scale(upscaler(super_resolution), model.config)
-            _check_channels(super_resolution, model.config)
+            _check_super_resolution(super_resolution, model.config)
             super_resolution.eval()
         if text_encoder is not None or tokenizer is not None:
             check_text_encoder(text_encoder, tokenizer, model.config)
@@ -476,8 +476,17 @@ def _check_scale(enlarge: Upscaler, config: SpectralConfig) -> None:
         )
 
 
-def _check_channels(super_resolution: PreTrainedModel, config: SpectralConfig) -> None:
-    """Raises ValueError if our own model takes other channels; the models of transformers take grey images, too."""
+def _check_super_resolution(super_resolution: Any, config: SpectralConfig) -> None:
+    """Raises TypeError for what is no model of transformers, ValueError for one that does not fit.
+
+    Their models take grey images, too; ours take the channels that they were trained for.
+    """
+    if not isinstance(super_resolution, PreTrainedModel):
+        raise TypeError(
+            f"super_resolution is a {type(super_resolution).__name__}, which a pipeline cannot hold; give a model of"
+            " transformers, and others to a call: pipeline(upscaling=hf_spectral_dp.super_resolution.upscaler(...))."
+        )
+    _check_scale(upscaler(super_resolution), config)
     channels = super_resolution.config.num_channels
     if isinstance(super_resolution, SpectralSuperResolution) and channels != config.num_channels:
         raise ValueError(
