@@ -28,7 +28,9 @@ def test_every_figure_of_the_card_is_that_of_all_runs_together():
     assert claim["epsilon"] > dataclasses.replace(COMPOSED, earlier=()).epsilon()
     assert claim["gaussian_dp"]["mu"] == gaussian_dp(COMPOSED)
     assert claim["statement"].startswith("Training, together with 2 earlier private runs on the same data, was (ε")
-    assert [stage["name"] for stage in card.report["stages"]].count("earlier private run 2 on the same data") == 1
+    names = [stage["name"] for stage in card.report["stages"]]
+    assert names[0] == "start from public weights or those of an earlier run"
+    assert names.count("earlier private run 2 on the same data") == 1
 
 
 @pytest.mark.parametrize("path", [path for path in fields_of(report(COMPOSED)) if "earlier_runs" in path], ids=str)

@@ -160,7 +160,8 @@ def run_report(
         "randomness": describe_randomness(noise_source),
         "training": {**training, "private_loss_logged": logged},
         "stages": [
-            {"name": "start from public weights", "private": False, "note": "see public data"},
+            {"name": "start from public weights" + " or those of an earlier run" * bool(plan.earlier), "private": False,
+             "note": "see public data"},
             *({"name": f"earlier private run {number} on the same data", "private": True,
                "note": "costs a part of the claim; see the mechanism"} for number in range(1, 1 + len(plan.earlier))),
             {"name": "fine-tuning on the private data", "private": True,
