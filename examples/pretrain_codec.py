@@ -19,6 +19,7 @@ from rebuild import parsed, some_of
 
 from hf_spectral_dp import SpectralConfig, SpectralImageProcessor, SpectralTokenizerForCausalLM
 from hf_spectral_dp.image_decoding import readable
+from hf_spectral_dp.image_processing_spectral import WHITE_LEVEL
 
 
 def public_images(source: str, split: str, column: str, count: int, seed: int) -> Iterator[Any]:
@@ -42,7 +43,7 @@ def main() -> None:
     parser.add_argument("--wavelet", default="haar", help="an orthogonal PyWavelets filter")
     parser.add_argument("--levels", type=int, default=3)
     parser.add_argument("--patch_sizes", type=int, nargs="+", default=[2, 2, 2], help="per scale, coarse to fine")
-    parser.add_argument("--white_level", type=int, default=65535, help="white in 16 bits; 4095 where images use 12")
+    parser.add_argument("--white_level", type=int, default=WHITE_LEVEL, help="white in 16 bits; 4095 if 12 are used")
     parser.add_argument("--codebook_sizes", type=int, nargs="+", default=[128, 128, 256])
     parser.add_argument("--num_classes", type=int, default=0, help="0: unconditional")
     parser.add_argument("--hidden_size", type=int, default=128)

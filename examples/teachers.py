@@ -48,10 +48,10 @@ def opinions(teacher: Callable[[Tensor], Tensor], photos: Tensor) -> Tensor:
     return torch.cat(answers)
 
 
-def disagreement(logits: Tensor, opinions: Tensor) -> Tensor:
+def disagreement(logits: Tensor, answers: Tensor) -> Tensor:
     """Kullback-Leibler divergence from the teacher's distribution to the network's, both at `TEMPERATURE`.
 
     Times its square, by which the gradient is as large as that of the labels (section 2 of the paper). Both (B, K).
     """
-    ours, theirs = (F.log_softmax(values.float() / TEMPERATURE, 1) for values in (logits, opinions))
+    ours, theirs = (F.log_softmax(values.float() / TEMPERATURE, 1) for values in (logits, answers))
     return TEMPERATURE**2 * F.kl_div(ours, theirs, log_target=True, reduction="batchmean")

@@ -121,13 +121,13 @@ def main() -> None:
     size, side = arguments.size, model.config.image_size
 
     photos, labels, classes = public_images(arguments, side)
-    known = None if teacher is None else opinions(teacher, photos)
     scaled = (some.float() / 127.5 - 1 for some in photos.split(500))
     small = torch.cat([as_bytes(F.interpolate(some, (size, size), mode="area")) for some in scaled])
     looks = [small, *(through_codec(some, model, detail, size) for some in (photos, photos.flip(-1)))]
     held_out = min(2_000, len(photos) // 10)
     kinds, test = torch.stack([look[held_out:] for look in looks]), [look[:held_out] for look in looks]
     named = labels[held_out:]
+    known = None if teacher is None else opinions(teacher, photos[held_out:])
 
     network = PublicFeatureNetwork(PublicFeatureConfig(size, tuple(arguments.widths), classes, "resnet9"))
     network.to(device, memory_format=torch.channels_last)
@@ -143,8 +143,8 @@ def main() -> None:
             seen = network.summary(some.to(device))
             logits, repeated = network.classifier(seen), None if repeat is None else repeat(seen)
         loss = F.cross_entropy(logits.float(), named[which].to(device), label_smoothing=0.1)
-        if known is not None and repeated is not None:
-            loss = loss + disagreement(repeated, known[held_out:][which].to(device))
+        if repeated is not None:
+            loss = loss + disagreement(repeated, known[which].to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

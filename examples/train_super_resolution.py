@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
 from hf_spectral_dp.image_decoding import readable
+from hf_spectral_dp.image_processing_spectral import WHITE_LEVEL
 from hf_spectral_dp.private_marks import refuse_uncounted
 from hf_spectral_dp.super_resolution import SpectralSuperResolution, SpectralSuperResolutionConfig, upscale, upscale_to
 from hf_spectral_dp.super_resolution_training import Coarse, Schedule, eight_bits, squares, train_super_resolution
@@ -78,7 +79,7 @@ def main() -> None:
     parser.add_argument("--public", required=True, help="'glyphs', an image folder, or a Hub data set id")
     parser.add_argument("--split", default="train")
     parser.add_argument("--image_column", default="image")
-    parser.add_argument("--white_level", type=int, default=65535, help="white in 16 bits; 4095 where images use 12")
+    parser.add_argument("--white_level", type=int, default=WHITE_LEVEL, help="white in 16 bits; 4095 if 12 are used")
     parser.add_argument("--license", default="apache-2.0")
     parser.add_argument("--out", required=True)
     parser.add_argument("--codec", help="folder of the codec whose images are to be upscaled and mended")

@@ -15,7 +15,7 @@ from transformers.image_processing_base import ImageProcessingMixin  # noqa: F40
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
 _WIDE_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
-_WHITE = 65535
+WHITE_LEVEL = 65535  # of images that use all of their 16 bits
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as Pillow's convert("L")
 
 
@@ -42,7 +42,7 @@ class SpectralImageProcessor(BaseImageProcessor):
         num_channels: int = 1,
         pad: int = 0,
         background: float = -1.0,
-        white_level: int = _WHITE,
+        white_level: int = WHITE_LEVEL,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -56,8 +56,8 @@ class SpectralImageProcessor(BaseImageProcessor):
             )
         if not -1 <= background <= 1:
             raise ValueError(f"background={background} must be in [-1, 1]; -1 is black, 1 is white.")
-        if not 1 <= white_level <= _WHITE:
-            raise ValueError(f"white_level={white_level} must be in [1, {_WHITE}]; 4095 is white in images of 12 bits.")
+        if not 1 <= white_level <= WHITE_LEVEL:
+            raise ValueError(f"white_level={white_level} must be in [1, {WHITE_LEVEL}]; 4095 is white in 12 bits.")
         self.image_size = image_size
         self.num_channels = num_channels
         self.pad = pad
@@ -155,7 +155,7 @@ def _array(image: Any) -> np.ndarray:
     return np.asarray(image)
 
 
-def image_levels(image: Any, border: float, white_level: int = _WHITE) -> Image.Image | np.ndarray:
+def image_levels(image: Any, border: float, white_level: int = WHITE_LEVEL) -> Image.Image | np.ndarray:
     """One image in the levels 0..255: a Pillow "L" or "RGB" image, or float32 (H, W, 1 or 3) where eight bits lose.
 
     `border` is the level behind transparent pixels; `white_level` the sample that is white in images of 16 bits.
@@ -240,4 +240,4 @@ def _resize(image: Image.Image, side: int) -> np.ndarray:
     return np.asarray(image)
 
 
-__all__ = ["SpectralImageProcessor", "image_levels"]
+__all__ = ["WHITE_LEVEL", "SpectralImageProcessor", "image_levels"]

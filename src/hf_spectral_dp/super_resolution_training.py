@@ -24,7 +24,7 @@ from torch.nn.utils import spectral_norm
 from tqdm.auto import tqdm
 
 from .codec import SpectralCodec
-from .image_processing_spectral import image_levels
+from .image_processing_spectral import WHITE_LEVEL, image_levels
 from .mean_critic import MeanCritic
 from .modeling_spectral import SpectralTokenizerForCausalLM
 from .private_marks import UNRECORDED, marks
@@ -47,7 +47,7 @@ def square(image: Image.Image, size: int, channels: int, rng: np.random.Generato
     return np.asarray(small).reshape(size, size, channels)
 
 
-def eight_bits(image: Image.Image, white_level: int = 65535) -> Image.Image:
+def eight_bits(image: Image.Image, white_level: int = WHITE_LEVEL) -> Image.Image:
     """The image in eight bits and without transparency, as `SpectralImageProcessor` sees it; Pillow would clip."""
     levels = image_levels(image, 0.0, white_level)
     if isinstance(levels, Image.Image):
